@@ -1,0 +1,665 @@
+"""A linear-attention transformer language model: one operation in three forms, the mixers built on it, the model.
+
+Attention without the softmax is a recurrence. Where softmax attention compares each query with every past key, linear
+attention keeps one matrix S per head: a token adds k v^T to it, a query reads S^T q. Training costs O(T) instead of
+O(T^2), and generating a million tokens costs the memory of generating one.
+
+The letters, and what the papers call them
+  B, T, H   batch, time, heads           N, C   chunks, and tokens in a chunk (T = N C)
+  K, V      key and value width per head D      model width
+  q, k, v   phi(Q_i), phi(K_i), V_i in [1, Eq. 4];  q_t, k_t, v_t in [3, 5, 6]
+  S         the state, S_i in [1, Eq. 10], transposed in [5, 6];  its ones column is Z_i in [1, Eq. 11]
+  g         log decay, log gamma in [3], log alpha_t in [6];      c    its running sum inside a chunk
+  b         write strength of the delta rule, beta_t in [4, 5, 6]
+
+  [1] Katharopoulos et al. 2020, Transformers are RNNs, arXiv 2006.16236
+  [2] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
+  [3] Sun et al. 2023, Retentive network, 2307.08621
+  [4] Schlag et al. 2021, Linear transformers are secretly fast weight programmers, 2102.11174
+  [5] Yang et al. 2024, Parallelizing linear transformers with the delta rule over sequence length, 2406.06484
+  [6] Yang et al. 2025, Gated delta networks, 2412.06464
+  [7] Su et al. 2021, RoFormer, 2104.09864
+  [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
+"""
+import functools
+import math
+from dataclasses import dataclass
+from typing import Callable, Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feature maps phi: what stands in for the softmax. Each works on the last dimension, any leading shape.
+
+
+class FeatureMap(NamedTuple):
+    phi: Callable                     # (..., d) -> (..., K)
+    positive: bool = False            # phi(q).phi(k) > 0 for all q, k: the sum normaliser may divide by it
+    unit: bool = False                # |phi(k)| = 1: the delta rule cannot overshoot
+    kernel: Callable | None = None    # s = q.k -> phi(q).phi(k), where that is cheaper than expanding both
+
+
+def silu_l2(x):
+    """SiLU, then unit length [6, Fig. 1]."""
+    return F.normalize(F.silu(x), dim=-1)
+
+
+def taylor(x):
+    """Second-order Taylor expansion of exp(q.k / sqrt(d)) [2, Eq. 4]: d -> 1 + d + d (d + 1) / 2 features.
+
+    Differs: x_i x_j and x_j x_i are one column, times sqrt(2); 153 columns instead of 273 at d = 16, same products.
+    """
+    d = x.shape[-1]
+    x = x * d ** -0.25
+    i, j = torch.triu_indices(d, d, device=x.device)
+    weight = (0.5 + 0.5 * (i != j).to(x.dtype)).sqrt()
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weight], dim=-1)
+
+
+FEATURE_MAPS = {
+    "elu": FeatureMap(lambda x: F.elu(x) + 1, positive=True),                                        # [1, Eq. 7]
+    "relu": FeatureMap(F.relu, positive=True),
+    "identity": FeatureMap(lambda x: x),                                                             # [3]
+    "silu_l2": FeatureMap(silu_l2, unit=True),
+    "taylor": FeatureMap(taylor, positive=True, kernel=lambda s, d: 1 + s / d ** 0.5 + s * s / (2 * d)),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration. The defaults are the base model; config/ holds the presets.
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
+    dim: int = 512                 # model width D
+    depth: int = 6                 # number of blocks
+    n_heads: int = 8               # heads H of every mixer; a head is dim / n_heads wide
+    seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
+    mixers: str | list[str] = "linear"  # linear | window | softmax | conv, a pattern that repeats over the depth
+    causal: bool = True            # False: every token sees all others (encoders; linear and softmax mixers only)
+    pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
+    feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS
+    feature_dim: int = 0           # linear: width of q and k per head before the feature map; 0 means dim / n_heads
+    expand_v: float = 1.0          # linear: width of v per head, in units of dim / n_heads
+    decay: Literal["none", "fixed", "gated"] = "none"  # linear: forget nothing, per head (RetNet), or as the data say
+    delta: bool = False            # linear: delta rule, write v minus what the state already answers to k
+    normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
+    short_conv: bool = False       # linear: causal depthwise convolution over 4 tokens on q, k and v
+    output_gate: bool = False      # linear: multiply the output by SiLU of a projection of the input
+    chunk_size: int = 64           # linear: tokens C in a chunk; the result does not depend on it
+    window: int = 64               # window: tokens each token sees, itself included
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # the feed-forward half of a block
+    mlp_ratio: float = 4.0         # its parameters, in units of 2 dim^2; 0 leaves it out
+    tied: bool = True              # the output projection is the embedding
+    dropout: float = 0.0           # on the embedding and on every residual branch
+
+    def __post_init__(self):
+        if isinstance(self.mixers, str):
+            self.mixers = self.mixers.replace(",", " ").split()
+        require = _require
+        for name in ("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.dim % self.n_heads == 0, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(self.mlp_ratio >= 0, f"mlp_ratio must not be negative, got {self.mlp_ratio}")
+        require(self.mixers and all(m in MIXERS for m in self.mixers),
+                f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(self.mixers) or 'nothing'!r}")
+        require(self.feature_map in FEATURE_MAPS,
+                f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        require(self.head_dim("v") >= 1 and self.feature_dim >= 0, "expand_v and feature_dim must give positive widths")
+        widths = {"linear": self.head_dim("k"), "window": self.head_dim(), "softmax": self.head_dim()}
+        for mixer in self.mixers:
+            require(self.pos != "rope" or widths.get(mixer, 0) % 2 == 0,
+                    f"pos=rope turns pairs of features, but a {mixer} head is {widths.get(mixer)} wide: make it even")
+        phi = FEATURE_MAPS[self.feature_map]
+        if "linear" in self.mixers:
+            require(self.normaliser != "sum" or phi.positive,
+                    f"normaliser=sum divides by a sum that feature_map={self.feature_map} can make zero or negative: "
+                    "take normaliser=rms, or feature_map elu, relu or taylor")
+            require(not self.delta or self.normaliser == "rms",
+                    "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms")
+            require(not self.delta or phi.unit,
+                    f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {self.feature_map}")
+        require(self.causal or not ({"window", "conv"} & set(self.mixers) or self.short_conv or self.delta
+                                    or self.decay != "none"),
+                "causal=False has no order in time: only plain linear and softmax mixers have a bidirectional form")
+
+    def head_dim(self, which=""):
+        """Width of one head: "k" and "v" of the linear mixer, otherwise of every other mixer."""
+        width = self.dim // self.n_heads
+        return {"k": self.feature_dim or width, "v": round(self.expand_v * width)}.get(which, width)
+
+
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The one operation, three times: the definition, the recurrence, and the chunked form that training uses.
+# They take the same arguments and return the same values and gradients (tests/test_model.py: 1e-10 in float64).
+
+
+def _form(form):
+    """What the three forms share: their contract, checks, and precision.
+
+        S'  = exp(g_t) S_{t-1}
+        S_t = S' + k_t v_t^T                         plain [1, Eq. 10], with g [3, Eq. 6; 8]
+        S_t = S' + k_t (b_t (v_t - S'^T k_t))^T      delta rule [4, Eq. 24; 6, Eq. 10], when beta is given
+        y_t = S_t^T q_t
+
+    Args: q, k (B,H,T,K) after the feature map; v (B,H,T,V); log_decay (B,H,T), <= 0; beta (B,H,T), in [0, 1];
+      state (B,H,K,V), None for zeros. Any T >= 1.
+      expand: a FeatureMap still to be applied to q and k, for maps with a kernel: scores come from kernel(q.k), and
+      the features phi are formed only where a state needs them.
+    Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), in fp32 or wider. Passing it on splits
+      a sequence over calls without changing anything.
+    Raises: ValueError when shapes do not fit.
+    """
+    @functools.wraps(form)
+    def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, **options):
+        B, H, T, d = q.shape
+        K, V = d if expand is None else expand.phi(q[0, 0, :1]).shape[-1], v.shape[-1]
+        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, V)), log_decay=(log_decay, (B, H, T)),
+                      beta=(beta, (B, H, T)), state=(state, (B, H, K, V)))
+        for name, (x, shape) in wanted.items():
+            if x is not None and x.shape != shape:
+                raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+        # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q_, k, v, log_decay, beta, state = (x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state))
+        if state is None:
+            state = q_.new_zeros(B, H, K, V)
+        with torch.autocast(q.device.type, enabled=False):
+            y, state = form(q_, k, v, log_decay, beta, state, expand=expand or _IDENTITY, **options)
+        return y.to(q.dtype), state
+    return checked
+
+
+_IDENTITY = FeatureMap(lambda x: x)
+
+
+def _scores(q, k, expand):
+    """phi(q_i).phi(k_j) for all i, j of the last two dimensions' rows."""
+    s = q @ k.mT
+    return s if expand.kernel is None else expand.kernel(s, q.shape[-1])
+
+
+def _decayed(scores, c):
+    """scores_ij exp(c_i - c_j) for i >= j, else 0: what i still sees of j. c is None: no decay."""
+    if c is None:
+        return scores.tril()
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. For the same reason never
+    # split it into exp(c_i) exp(-c_j).
+    return scores * (c[..., :, None] - c[..., None, :]).masked_fill(future, -math.inf).exp()
+
+
+def _delta_writes(k, v, beta, c, expand, rhs):
+    """Solves (I + tril(b k k^T D, -1)) u = b rhs: what the delta rule writes, given all earlier writes [5, Eq. 10]."""
+    L = beta[..., None] * _decayed(_scores(k, k, expand), c).tril(-1)
+    return torch.linalg.solve_triangular(L, beta[..., None] * rhs, upper=False, unitriangular=True)
+
+
+@_form
+def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
+    """All pairs of tokens at once: y = (q k^T D) u + exp(c) q S_0. The definition, in O(T^2)."""
+    c = None if log_decay is None else log_decay.cumsum(-1)                       # (B,H,T)
+    from_start = 1.0 if c is None else c.exp()[..., None]
+    to_end = 1.0 if c is None else (c[..., -1:] - c).exp()[..., None]
+    phi_q, phi_k = expand.phi(q) * from_start, expand.phi(k)
+    u = v if beta is None else _delta_writes(k, v, beta, c, expand, v - from_start * (phi_k @ state))
+    y = _decayed(_scores(q, k, expand), c) @ u + phi_q @ state
+    return y, (1.0 if c is None else c[..., -1, None, None].exp()) * state + (phi_k * to_end).mT @ u
+
+
+@_form
+def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
+    """One token after the other, as _form states it: O(T) with a state of fixed size. This is how text is generated."""
+    q, k = expand.phi(q), expand.phi(k)
+    ys = []
+    for t in range(q.shape[2]):
+        key, write = k[:, :, t, :, None], v[:, :, t, None, :]                     # (B,H,K,1) (B,H,1,V)
+        if log_decay is not None:
+            state = log_decay[:, :, t, None, None].exp() * state
+        if beta is not None:
+            write = beta[:, :, t, None, None] * (write - key.mT @ state)
+        state = state + key * write
+        ys.append(q[:, :, t, None, :] @ state)                                    # (B,H,1,V)
+    return torch.cat(ys, dim=2), state
+
+
+@_form
+def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, chunk_size=64):
+    """Quadratic inside chunks of C tokens, recurrent from chunk to chunk: O(T C) work in matrix products [5, Eq. 8, 9]."""
+    T, C = q.shape[2], min(chunk_size, q.shape[2])
+
+    # 1. Cut time into N chunks. Zeros fill up the last one: a zero value (and a zero beta) writes nothing.
+    def chunks(x):
+        return F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))  # (B,H,N,C,...)
+    q, k, v = chunks(q), chunks(k), chunks(v)
+    c = None if log_decay is None else chunks(log_decay).cumsum(-1)               # (B,H,N,C)
+    from_start, to_end, through = (1.0, 1.0, None) if c is None else (
+        c.exp()[..., None], (c[..., -1:] - c).exp()[..., None], c[..., -1, None, None].exp())
+    phi_q, phi_k = expand.phi(q) * from_start, expand.phi(k)                      # (B,H,N,C,K)
+
+    # 2. What each chunk writes, u - w S: with the delta rule it depends on the state S the chunk starts from.
+    u, w = v, None
+    if beta is not None:
+        rhs = torch.cat([v, phi_k * from_start], dim=-1)
+        u, w = _delta_writes(k, v, chunks(beta), c, expand, rhs).split([v.shape[-1], phi_k.shape[-1]], dim=-1)
+    k_end = (phi_k * to_end).mT                                                   # (B,H,N,K,C)
+    writes = k_end @ u                                                            # (B,H,N,K,V)
+    erases = None if beta is None else k_end @ w                                  # (B,H,N,K,K)
+
+    # 3. The recurrence again, one step per chunk.
+    starts = []                                                                   # N of (B,H,K,V)
+    for n in range(q.shape[2]):
+        starts.append(state)
+        kept = state if through is None else through[:, :, n] * state
+        state = kept + writes[:, :, n] - (0.0 if erases is None else erases[:, :, n] @ state)
+    start = torch.stack(starts, dim=2)                                            # (B,H,N,K,V)
+
+    # 4. Each query reads what came before its chunk, and its chunk up to itself.
+    if w is not None:
+        u = u - w @ start
+    y = phi_q @ start + _decayed(_scores(q, k, expand), c) @ u                    # (B,H,N,C,V)
+    return y.flatten(2, 3)[:, :, :T], state
+
+
+@_form
+def linear_attention_bidirectional(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
+    """causal=False: every query reads the one sum over all keys [1, Eq. 6]. There is no order, so no decay or delta."""
+    if log_decay is not None or beta is not None:
+        raise ValueError("the bidirectional form has no order in time: log_decay and beta must be None")
+    state = state + expand.phi(k).mT @ v
+    return expand.phi(q) @ state, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def rope_table(positions, width):
+    """cos and sin (T, width/2) of the angles positions * 10000^(-2i/width) [7, Eq. 15].
+
+    In float64: at position 1,000,000 a float32 angle is off by 0.06.
+    """
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
+    angle = positions.to(wide)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, table):
+    """Turns each pair of features of x (B,H,T,d) by its position's angles; table None leaves x as it is.
+
+    Differs from [7]: pairs are (i, i + d/2) instead of neighbours, the same up to a permutation of features.
+    """
+    if table is None:
+        return x
+    cos, sin = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixers: what lets tokens see each other. Each is called as mixer(x, state, ropes): x (B,T,D); its state, None at the
+# start of a text; and the rope table of each head width. It returns its output (B,T,D) and its new state.
+
+
+def heads(x, n_heads):
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)                         # (B,T,H*d) -> (B,H,T,d)
+
+
+def unheads(x):
+    return x.transpose(1, 2).flatten(2)                                           # (B,H,T,d) -> (B,T,H*d)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time: y_t = sum_i weight_i x_{t-i}. Its state is the last size-1 inputs."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-size ** -0.5, size ** -0.5))
+
+    def forward(self, x, state):                                                  # (B,T,channels)
+        T, past = x.shape[1], len(self.weight) - 1
+        if state is None:
+            state = x.new_zeros(x.shape[0], past, x.shape[2])
+        x = torch.cat([state, x], dim=1)
+        y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
+        return y, x[:, T:].clone()                                                # a view would keep all of x alive
+
+
+class Linear(nn.Module):
+    """Linear attention: projections, a feature map, one call to a form, a normaliser, the output projection.
+
+    Covers [1] (elu, sum), [2] (taylor, sum), [3] (identity, fixed decay, rms, gate), [5] (silu_l2, delta, rms, conv)
+    and [6] (the same, gated). Its state has a fixed size: S (B,H,K,V), with a ones column of V for the sum normaliser,
+    and the inputs that the convolution still needs.
+    Differs: with rope and the sum normaliser only the numerator is rotated, as in [7, Eq. 19]: rotated features can
+    be negative, and their sum zero. Maps with a kernel (taylor) are functions of q.k and take rotated q and k whole.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, H, D = config, config.n_heads, config.dim
+        self.K, self.V = config.head_dim("k"), config.head_dim("v")
+        self.map = FEATURE_MAPS[config.feature_map]
+        self.qkv = nn.Linear(D, H * (2 * self.K + self.V), bias=False)
+        self.out = nn.Linear(H * self.V, D, bias=False)
+        if config.short_conv:
+            self.conv = CausalConv(self.qkv.out_features, 4)
+        if config.output_gate:
+            self.gate = nn.Linear(D, H * self.V, bias=False)
+        if config.delta:
+            self.beta = nn.Linear(D, H, bias=False)
+        if config.normaliser == "rms":
+            self.norm = nn.RMSNorm(self.V, eps=1e-6)
+        if config.decay == "fixed":                                               # gamma = 1 - 2^(-5-h) [3, Eq. 8]
+            self.register_buffer("log_gamma", torch.log1p(-2.0 ** (-5.0 - torch.arange(H))), persistent=False)
+        if config.decay == "gated":                                               # g = -A softplus(x W + bias) [8]
+            self.decay = nn.Linear(D, H, bias=False)
+            self.decay_bias = nn.Parameter(torch.empty(H))
+            self.log_A = nn.Parameter(torch.empty(H))
+
+    def init_weights(self):
+        """Gated decay starts as in [8]: A uniform in 1..16, softplus(bias) log-uniform in 0.001..0.1."""
+        if self.config.decay == "gated":
+            step = torch.empty_like(self.decay_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            self.decay_bias.copy_(step + torch.log(-torch.expm1(-step)))          # the inverse of softplus
+            self.log_A.uniform_(1, 16).log_()
+
+    def forward(self, x, state, ropes):
+        config, T = self.config, x.shape[1]
+        conv_state, S = (None, None) if state is None else state
+        qkv = self.qkv(x)
+        if config.short_conv:
+            qkv, conv_state = self.conv(qkv, conv_state)
+        q, k, v = (heads(z, config.n_heads) for z in qkv.split([config.n_heads * w for w in (self.K, self.K, self.V)], -1))
+        if config.short_conv:
+            v = F.silu(v)                                                         # as [5, 6]; q and k get their map
+        form = (linear_attention_bidirectional if not config.causal else linear_attention_recurrent if T == 1 else
+                functools.partial(linear_attention_chunked, chunk_size=config.chunk_size))
+        y, S = self.attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
+        y = unheads(y if config.normaliser == "sum" else self.norm(y))
+        if config.output_gate:
+            y = y * F.silu(self.gate(x))
+        return self.out(y), (conv_state, S)
+
+    def log_decay(self, x):                                                       # (B,T,D) -> (B,H,T), fp32 or wider
+        if self.config.decay == "none":
+            return None
+        if self.config.decay == "fixed":
+            return self.log_gamma[:, None].expand(x.shape[0], -1, x.shape[1])
+        step = F.softplus((self.decay(x) + self.decay_bias).to(self.log_A.dtype))
+        return -(self.log_A.exp() * step).transpose(1, 2)
+
+    def write_strength(self, x):                                                  # (B,T,D) -> (B,H,T)
+        return self.beta(x).sigmoid().transpose(1, 2) if self.config.delta else None
+
+    def attend(self, form, q, k, v, log_decay, beta, S, rope):
+        """The feature map, the rotation, the form and the normaliser. The sum normaliser sums a ones column of v."""
+        expand = self.map if self.map.kernel else None
+        if expand is None:
+            q, k = self.map.phi(q), self.map.phi(k)
+        q_turned, k_turned = rotate(q, rope), rotate(k, rope)
+        if self.config.normaliser == "rms":
+            return form(q_turned, k_turned, v, log_decay, beta, S, expand=expand)
+        ones = torch.ones_like(v[..., :1])
+        if rope is None or expand:
+            y, S = form(q_turned, k_turned, torch.cat([v, ones], -1), log_decay, None, S, expand=expand)
+            y, z = y.split([self.V, 1], dim=-1)
+        else:
+            S, Z = (None, None) if S is None else S.split([self.V, 1], dim=-1)
+            y, S = form(q_turned, k_turned, v, log_decay, None, S)
+            z, Z = form(q, k, ones, log_decay, None, Z)
+            S = torch.cat([S, Z], dim=-1)
+        return y / (z + 1e-6), S
+
+
+class Softmax(nn.Module):
+    """Softmax attention, the baseline: O(T^2) time, and a state (a cache of all keys and values) that grows with T."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, state, ropes):
+        q, k, v = (heads(z, self.config.n_heads) for z in self.qkv(x).chunk(3, dim=-1))
+        rope = ropes.get(q.shape[-1])
+        y, state = self.attend(rotate(q, rope), rotate(k, rope), v, state)
+        return self.out(unheads(y)), state
+
+    def attend(self, q, k, v, state):
+        T, causal = q.shape[2], self.config.causal
+        if state is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal), (k, v)
+        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T) if T > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), (k, v)
+
+
+class Window(Softmax):
+    """Softmax over the last w tokens, exact: O(T w) time, and a state of the last w keys and values."""
+
+    def attend(self, q, k, v, state):
+        T, w = q.shape[2], self.config.window
+        if state is not None:
+            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        new_state = (k[:, :, -w:].clone(), v[:, :, -w:].clone())                  # clones: views would keep k and v
+        # Blocks of c queries, each beside the w keys before it and its own c keys. Missing keys are zeros, masked.
+        c = min(w, T)
+        missing, end = w - (k.shape[2] - T), -T % c
+        k, v = (F.pad(z, (0, 0, missing, end)).unfold(2, w + c, c).mT for z in (k, v))   # (B,H,N,w+c,d)
+        q = F.pad(q, (0, 0, 0, end)).unflatten(2, (-1, c))                        # (B,H,N,c,d)
+        key = torch.arange(w + c, device=q.device)
+        age = torch.arange(c, device=q.device)[:, None] + w - key                 # (c,w+c), 0 is the token itself
+        first = torch.arange(0, T, c, device=q.device)[:, None, None]             # (N,1,1)
+        mask = (0 <= age) & (age < w) & (first + key >= missing)                  # (N,c,w+c)
+        y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
+        return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T], new_state
+
+
+class Conv(nn.Module):
+    """Based's gated short convolution [2, Sec. 4]: out(gate(x) * conv(in(x))), over 3 tokens. State: 2 tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.both = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.conv = CausalConv(config.dim, 3)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, state, ropes):
+        gate, x = self.both(x).chunk(2, dim=-1)
+        x, state = self.conv(x, state)
+        return self.out(gate * x), state
+
+
+MIXERS = {"linear": Linear, "window": Window, "softmax": Softmax, "conv": Conv}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Block and model
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        hidden = round(config.mlp_ratio * config.dim)
+        if self.kind == "swiglu":                                                 # three matrices for the price of two
+            hidden = round(hidden * 2 / 3 / 8) * 8
+        self.up = nn.Linear(config.dim, hidden * (2 if self.kind == "swiglu" else 1), bias=False)
+        self.out = nn.Linear(hidden, config.dim, bias=False)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return self.out(F.silu(gate) * x)
+        return self.out(F.gelu(x) if self.kind == "gelu" else F.relu(x).square())
+
+
+def make_norm(config):
+    return nn.RMSNorm(config.dim, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.dim)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config, mixer):
+        super().__init__()
+        self.norm1, self.mixer = make_norm(config), MIXERS[mixer](config)
+        if config.mlp_ratio:
+            self.norm2, self.mlp = make_norm(config), MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, state, ropes):
+        y, state = self.mixer(self.norm1(x), state, ropes)
+        x = x + F.dropout(y, self.dropout, self.training)
+        if hasattr(self, "mlp"):
+            x = x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        return x, state
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
+
+    The gradient of each chunk is taken while its logits are there, so backward costs no second product with W.
+    x (rows,D); weight (vocab or more,D), rows past the vocabulary are padding; targets (rows,), -1 is not counted.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunk):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w, count = weight.to(dtype), (targets >= 0).sum().clamp(min=1)
+        wide = torch.promote_types(dtype, torch.float32)
+        loss, grad_x, grad_w = x.new_zeros((), dtype=wide), torch.empty_like(x), torch.zeros_like(weight)
+        for rows in torch.arange(len(x), device="cpu").split(chunk):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            part, target = x[rows].to(dtype), targets[rows]
+            logits = (part @ w.T).to(wide)                                        # (chunk,vocab)
+            logits[:, vocab_size:] = -math.inf
+            counted = (target >= 0)[:, None]
+            log_z, target = logits.logsumexp(-1, keepdim=True), target.clamp(min=0)[:, None]
+            loss += ((log_z - logits.gather(1, target)) * counted).sum() / count
+            if any(ctx.needs_input_grad):
+                p = logits.sub_(log_z).exp_()
+                p.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+                p = p.mul_(counted / count).to(dtype)
+                grad_x[rows] = p @ w
+                grad_w += p.T @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None, None, None
+
+
+class LM(nn.Module):
+    """The language model: embedding, blocks, a final norm, and the output projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        rows = -(-config.vocab_size // 64) * 64                                   # whole tiles for the matrix units
+        self.embed = nn.Embedding(rows, config.dim)
+        if config.pos == "learned":
+            self.embed_pos = nn.Embedding(config.seq_len, config.dim)
+        pattern = config.mixers * config.depth
+        self.blocks = nn.ModuleList(Block(config, pattern[i]) for i in range(config.depth))
+        self.norm = make_norm(config)
+        self.unembed = nn.Linear(config.dim, rows, bias=False)
+        if config.tied:
+            self.unembed.weight = self.embed.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal weights of 0.02; output projections smaller, since 2 depth of them add up (GPT-2)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                is_out = name.endswith(".out")
+                module.weight.normal_(std=0.02 / (2 * self.config.depth) ** 0.5 if is_out else 0.02)
+            elif isinstance(module, Linear):
+                module.init_weights()
+
+    def forward(self, idx, targets=None, state=None):
+        """Reads the tokens idx (B,T) after those that made state (None: a new text).
+
+        Training, evaluation, prefill and single steps are this one call: any split of a text gives the same result.
+        Returns: (logits (B,T,vocab_size), state), or with targets (B,T) (mean cross-entropy in nats over targets >= 0, state).
+        Raises: ValueError past seq_len with learned positions.
+        """
+        x, state = self.hidden(idx, state)
+        if targets is None:
+            return self.logits(x), state
+        chunk = max(1, 2 ** 25 // self.unembed.out_features)                      # 128 MB of fp32 logits at a time
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
+                                        self.config.vocab_size, chunk), state
+
+    def hidden(self, idx, state=None):
+        """The blocks' output before the output projection: idx (B,T) -> (B,T,D), and the new state."""
+        config, T = self.config, idx.shape[1]
+        past = torch.zeros((), dtype=torch.long, device=idx.device) if state is None else state["tokens"]
+        layers = [None] * config.depth if state is None else state["layers"]
+        positions = past + torch.arange(T, device=idx.device)
+        x = self.embed(idx)
+        if config.pos == "learned":
+            if int(past) + T > config.seq_len:
+                raise ValueError(f"learned positions end at seq_len={config.seq_len}, and this text has {int(past) + T} "
+                                 "tokens: shorten it, or train with pos=rope or none")
+            x = x + self.embed_pos(positions)
+        if config.pos == "sinusoidal":
+            x = x + torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim].to(x.dtype)
+        x = F.dropout(x, config.dropout, self.training)
+        ropes = {}
+        if config.pos == "rope":
+            ropes = {width: rope_table(positions, width) for width in {config.head_dim("k"), config.head_dim()}}
+        new_layers = []
+        for block, layer in zip(self.blocks, layers):
+            x, layer = block(x, layer, ropes)
+            new_layers.append(layer)
+        return self.norm(x), {"tokens": past + T, "layers": new_layers}
+
+    def logits(self, x):
+        return self.unembed(x)[..., :self.config.vocab_size]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
+        """Yields one token for each text of idx (B,T), max_new_tokens times, in memory that does not grow with either.
+
+        The prompt is read in pieces through the chunked form, then every token through the recurrent one.
+        temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that hold p.
+        Yields: (tokens (B,), the state before them).
+        """
+        for part in idx.split(piece, dim=1):
+            x, state = self.hidden(part, state)
+        for _ in range(max_new_tokens):
+            token = choose(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
+            yield token, state
+            x, state = self.hidden(token[:, None], state)
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draws one token for each row of logits (B,vocab) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
