@@ -1,0 +1,271 @@
+"""Dataclass defaults + config files + flags -> validated config objects.
+
+    python train.py config/tiny.py --dim=8*16 --lr=3e-4 --compile
+
+A config class is a dataclass; the comment that ends a field's line is its meaning, shown by --help. Later values win:
+defaults, then config files in the order given, then flags. nanoGPT runs its config files with exec, so a misspelt key
+passes silently and a file can do anything. Here a config file is data: `key = value` lines that are parsed and never
+run; a key that no class has, or a value that is not of the field's type, is an error that says where and what to write.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import operator
+import os
+import re
+import shutil
+import sys
+import textwrap
+import types
+import typing
+import warnings
+from pathlib import Path
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+ALLOWED = "a value is a number, string, True, False, None, a list of these, or + - * / // % ** on numbers"
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one plain sentence that says what is wrong and how to mend it."""
+
+
+# Values: computed from the syntax tree, so that nothing a user writes is ever run.
+
+def parse(text, mode="exec", name=""):
+    """ast.parse that answers every bad text with a ValueError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a "\d" in somebody's prompt is not worth a SyntaxWarning
+            return ast.parse(text, mode=mode)
+    except SyntaxError as error:
+        raise ValueError(f"{name}:{error.lineno or 1}: {error.msg}") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # NUL bytes, thousands of nested brackets
+        raise ValueError(f"{name}: {str(error) or 'too deeply nested'}") from None
+
+
+def evaluate(node):
+    """The value of a literal, or of arithmetic on numbers; ValueError on anything else. Tuples become lists."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool, type(None)):
+        value = node.value
+    elif isinstance(node, (ast.List, ast.Tuple)):
+        value = [evaluate(item) for item in node.elts]
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and is_number(value := evaluate(node.operand)):
+        value = -value
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        a, b = evaluate(node.left), evaluate(node.right)
+        if not (is_number(a) and is_number(b)):
+            raise ValueError(ALLOWED)
+        if isinstance(node.op, ast.Pow) and b * math.log10(abs(a) or 1) > 100:  # 10**10**10 would never end
+            raise ValueError("the number is too large")
+        try:
+            value = OPERATORS[type(node.op)](a, b)
+        except ArithmeticError as error:  # 1 / 0
+            raise ValueError(error) from None
+    else:
+        raise ValueError(ALLOWED)
+    if is_number(value) and not abs(value) < 1e100:  # 1e999 is inf; inf - inf is nan
+        raise ValueError("the number is too large")
+    return value
+
+
+def is_number(value):
+    return type(value) in (int, float)  # not isinstance: to Python True is an int, to the user it is not
+
+
+def show(value, form=repr):
+    text = " ".join(form(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# Types: does a value fit a field? Nothing is rounded, cut or guessed.
+
+def fit(value, kind):
+    """value as the annotation `kind` wants it (3e8 as an int, 1 as a float), or ValueError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return first_fit([value], args)
+    if origin is typing.Literal and any(type(value) is type(arg) and value == arg for arg in args):
+        return value
+    if origin is list and type(value) is list:
+        return [fit(item, args[0]) for item in value]
+    if origin is tuple and type(value) is list and len(value) == len(args):
+        return tuple(fit(item, arg) for item, arg in zip(value, args))
+    if kind is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ValueError(f"{show(value)} is not {wanted(kind)}")
+
+
+def first_fit(values, kinds):
+    for value in values:
+        for kind in kinds:
+            try:
+                return fit(value, kind)
+            except ValueError:
+                continue
+    raise ValueError("none fits")
+
+
+def wanted(kind):
+    """An annotation in words: "int", "float or None", "'auto', 'fp32' or 'bf16'"."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType, typing.Literal):
+        words = [repr(arg) if origin is typing.Literal else wanted(arg) for arg in args]
+        return ", ".join(words[:-1]) + " or " * (len(words) > 1) + words[-1]
+    return {type(None): "None", bool: "True or False"}.get(kind) or (str(kind) if args else kind.__name__)
+
+
+def readings(text):
+    """What the text of a flag may mean; the first that fits the field is taken: 8*4 as a number, a,b as a list."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        yield words[text.lower()]
+    try:
+        value = evaluate(parse(text.strip(), "eval").body)
+        if type(value) is not str:  # a string is taken verbatim, quotes and all
+            yield value
+    except (ValueError, RecursionError):
+        pass
+    if text in ("0", "1"):
+        yield text == "1"
+    yield text
+    yield text.split(",")
+
+
+# Sources: each setting is (where, key, what was given, the values it may mean).
+
+def read_config_file(path):
+    """The assignments of one config file; `where` is "config/x.py:3: dim"."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        tree = parse(text, name=path)
+    except FileNotFoundError:
+        presets = sorted(p.as_posix() for p in Path("config").glob("*.py"))
+        near = difflib.get_close_matches(path, presets, n=1) or presets
+        raise UserError(f"{path}: no such config file" + f"; is it {' or '.join(near)}?" * bool(near)) from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path}: cannot be read as a config file: {reason}") from None
+    except ValueError as error:
+        raise UserError(f"{error} (a config file holds only `key = value` lines)") from None
+    settings, lines = [], {}
+    for node in tree.body:
+        place, source = f"{path}:{node.lineno}", show(text.split("\n")[node.lineno - 1].strip(), str)
+        if node is tree.body[0] and ast.get_docstring(tree) is not None:
+            continue
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{place}: `{source}` is not allowed: a config file holds only `key = value` lines")
+        key = node.targets[0].id
+        if key in lines:
+            raise UserError(f"{place}: {key} is already set in line {lines[key]}; keep one of the two")
+        lines[key] = node.lineno
+        try:
+            value = evaluate(node.value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: `{source}` cannot be computed: {error}") from None
+        settings.append((f"{place}: {key}", key, value, [value]))
+    return settings
+
+
+def read_arguments(argv, config_file):
+    """The settings in the config files, then those in the flags; a flag without "=" means True."""
+    from_files, from_flags = [], []
+    for before, argument in zip(["", *argv], argv):
+        if argument.startswith("--"):
+            key, equals, text = argument[2:].partition("=")
+            from_flags.append((f"--{key}", key, text if equals else True, readings(text) if equals else [True]))
+        elif argument.endswith(".py") and config_file:
+            from_files += read_config_file(argument)
+        elif before.startswith("--") and "=" not in before:
+            raise UserError(f"{before} and its value are written as one word: {before}={argument}")
+        else:
+            raise UserError(f"{show(argument)} is not understood: a flag is written --key=value"
+                            + ", a config file ends in .py" * config_file)
+    return from_files + from_flags
+
+
+def configure(argv, *classes, doc="", config_file=True):
+    """One validated instance of each dataclass, from its defaults, the config files and the flags in argv.
+
+    Args: argv, sys.argv[1:]; classes, dataclasses (a key that several have sets them all); doc, the program's
+    docstring, for --help; config_file, whether the program takes config files.
+    Returns: a tuple of instances, in the order of classes.
+    Raises: UserError for an unknown key, an ill-typed or missing value, an unreadable file, and with the text of any
+    ValueError that a __post_init__ raises. SystemExit(0) after --help.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(classes, doc, config_file), flush=True)
+        raise SystemExit(0)
+    kinds = {cls: typing.get_type_hints(cls) for cls in classes}
+    fields = {cls: {field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes}
+    legal = sorted({key for cls in classes for key in fields[cls]})
+    given = {cls: {} for cls in classes}
+    for where, key, value, values in read_arguments(argv, config_file):
+        if key not in legal:
+            near = difflib.get_close_matches(key.replace("-", "_").lower(), legal, n=1, cutoff=0)
+            raise UserError(f"{where} is not a known key; the nearest is {near[0]}, and --help lists all")
+        values = list(values)
+        for cls in classes:
+            if key in fields[cls]:
+                try:
+                    given[cls][key] = first_fit(values, [kinds[cls][key]])
+                except ValueError:
+                    got = show(value) if where != f"--{key}" or value is not True else f"no value: write --{key}=VALUE"
+                    raise UserError(f"{where} must be {wanted(kinds[cls][key])}, got {got}") from None
+    configs = []
+    for cls in classes:
+        for key, field in fields[cls].items():
+            if key not in given[cls] and field.default is field.default_factory is dataclasses.MISSING:
+                raise UserError(f"--{key}=... is needed: it must be {wanted(kinds[cls][key])}")
+        try:
+            configs.append(cls(**given[cls]))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return tuple(configs)
+
+
+def help_text(classes, doc, config_file):
+    """The page that --help prints: doc, usage, then every key with its default, its meaning and its type."""
+    width = max(50, min(120, shutil.get_terminal_size().columns))
+    usage = f"usage: python {Path(sys.argv[0]).name}{' [config/NAME.py ...]' * config_file} [--key=value ...]"
+    page, shown = [doc.strip(), "", usage], set()
+    for cls in classes:
+        page += ["", f"{cls.__name__}:"]
+        source = "\n".join(inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base))
+        kinds = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in shown or not field.init:
+                continue
+            shown.add(field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value = "" if default is dataclasses.MISSING else default
+            comment = re.search(rf"^ +{field.name} *:.*?  # *(.*)$", source, re.MULTILINE)
+            meaning = f"{comment[1] if comment else ''} ({wanted(kinds[field.name])})".strip()
+            page += textwrap.wrap(meaning, width, initial_indent=f"  --{field.name}={value}".ljust(29) + " ",
+                                  subsequent_indent=" " * 30)
+    return "\n".join(page)
+
+
+def command(main):
+    """Runs main() as a program: UserError is one line on stderr and exit code 2, Ctrl-C 130, `| head` no complaint."""
+    program, message, code = Path(sys.argv[0]).name, "", 0
+    try:
+        main()
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+    except UserError as error:
+        message, code = " ".join(str(error).split()), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader has left: what is still buffered goes nowhere, and 141 is the shell's SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    if message:
+        print(f"{program}: {message}", file=sys.stderr)
+    if code:
+        sys.exit(code)

@@ -1,0 +1,9 @@
+"""Lets the tests import the programs from the folder above, and names the marker of the slow ones."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave it out with -m 'not slow'")

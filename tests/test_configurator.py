@@ -1,0 +1,342 @@
+"""Claims about configurator.py: what is accepted, and that every mistake is one plain sentence, never a traceback."""
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import UserError, configure
+
+
+@dataclass
+class Model:
+    dim: int = 64  # width of the model
+    dropout: float = 0.0  # probability # of dropping
+    mixers: str | list[str] = "linear"  # pattern over the depth
+    pos: Literal["none", "rope"] = "none"  # positions
+    window: int | None = None  # tokens in the window
+    seed: int = 1  # shared with Train
+
+    def __post_init__(self):
+        if self.dim % 8:
+            raise ValueError(f"dim must be\n a multiple of 8, got {self.dim}")
+
+
+@dataclass
+class Train:
+    lr: float = 3e-4  # peak learning rate
+    max_steps: int = 100  # optimiser steps
+    compile: bool = False  # torch.compile
+    dataset: str = "stdlib"  # folder in data/
+    resume: bool | Literal["auto"] = "auto"  # go on
+    order: Literal[1, 2] = 2  # of the Taylor map
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    files: list[str] = field(default_factory=list)  # inputs
+    seed: int = 1  # shared with Model
+
+
+def flags(*argv):
+    model, train = configure(list(argv), Model, Train)
+    return {**vars(train), **vars(model)}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """file(text, *argv) configures from a config file of that text; messages then start with "x.py"."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text, *argv):
+        Path("x.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return flags("x.py", *argv)
+    return read
+
+
+# What is accepted
+
+def test_defaults_stand_when_nothing_is_given():
+    assert configure([], Model, Train) == (Model(), Train())
+
+
+def test_flags_win_over_files_wherever_they_stand_and_later_ones_over_earlier_ones(file, tmp_path):
+    (tmp_path / "y.py").write_text("dim = 16\nlr = 0.5")
+    assert file("dim = 8\nmax_steps = 3", "y.py")["dim"] == 16
+    config = file("dim = 8\nmax_steps = 3", "--dim=24", "--dim=32", "y.py")
+    assert (config["dim"], config["max_steps"], config["lr"]) == (32, 3, 0.5)
+
+
+def test_config_file_may_hold_docstring_comments_literals_and_arithmetic(file):
+    config = file('"""Doc."""\n# note\ndim = 8 * (2 + 2)  # width\nlr = -2**-3 % 1\nmixers = ["linear",\n  "window"]\n'
+                  "betas = (0.5, 9 / 10)\nwindow = None\ncompile = True\ndataset = 'a' 'b'\nmax_steps = 7 // 2 - 1")
+    assert (config["dim"], config["lr"], config["mixers"]) == (32, 0.875, ["linear", "window"])
+    assert (config["betas"], config["window"], config["compile"]) == ((0.5, 0.9), None, True)
+    assert (config["dataset"], config["max_steps"]) == ("ab", 2)
+
+
+@pytest.mark.parametrize("flag, key, value", [
+    ("--dim=8*4", "dim", 32), ("--dim= 8 ", "dim", 8), ("--order=1", "order", 1),
+    ("--max_steps=1e4", "max_steps", 10000), ("--max_steps=-3", "max_steps", -3),
+    ("--lr=1", "lr", 1.0), ("--lr=1/4", "lr", 0.25), ("--window=none", "window", None), ("--window=128", "window", 128),
+    ("--compile", "compile", True), ("--compile=FALSE", "compile", False), ("--compile=1", "compile", True),
+    ("--compile=0", "compile", False), ("--dataset=8*4", "dataset", "8*4"), ("--dataset=true", "dataset", "true"),
+    ("--dataset='a'", "dataset", "'a'"), ("--dataset=", "dataset", ""), ("--dataset=a=b\n", "dataset", "a=b\n"),
+    ("--dataset=\\d\0\ud800", "dataset", "\\d\0\ud800"), ("--pos=rope", "pos", "rope"),
+    ("--betas=0.5,1", "betas", (0.5, 1.0)), ("--mixers=linear window", "mixers", "linear window"),
+    ("--files=a,b", "files", ["a", "b"]), ("--resume=auto", "resume", "auto"),
+    ("--resume", "resume", True), ("--resume=false", "resume", False),
+])
+def test_flag_is_read_as_its_field_wants_it(flag, key, value):
+    got = flags(flag)[key]
+    assert got == value and type(got) is type(value)
+
+
+def test_flag_and_file_give_the_same_value(file):
+    for key, text in ("max_steps", "1e4"), ("lr", "3"), ("dim", "2**6"), ("betas", "[1, 0.5]"):
+        assert repr(file(f"{key} = {text}")[key]) == repr(flags(f"--{key}={text}")[key])
+
+
+def test_key_of_several_classes_sets_them_all():
+    model, train = configure(["--seed=7"], Model, Train)
+    assert model.seed == train.seed == 7
+
+
+# What is refused, and how
+
+@pytest.mark.parametrize("argv, words", [
+    (["--dmi=8"], ["--dmi ", "nearest is dim"]), (["--max-steps=8"], ["--max-steps ", "nearest is max_steps"]),
+    (["--qqq=8"], ["--qqq ", "nearest is"]), (["--=8"], ["not a known key"]), (["--"], ["not a known key"]),
+    (["--dim=abc"], ["--dim must be int, got 'abc'"]), (["--dim=3.5"], ["must be int, got '3.5'"]),
+    (["--dim=true"], ["must be int, got 'true'"]), (["--dim=1e23"], ["must be int"]),
+    (["--dim="], ["must be int, got ''"]), (["--dim"], ["--dim must be int, got no value: write --dim="]),
+    (["--dim", "8"], ["--dim=8"]), (["--dim=dim"], ["must be int"]),
+    (["--lr=nan"], ["--lr must be float, got 'nan'"]), (["--lr=inf"], ["must be float"]),
+    (["--lr=1e999"], ["must be float"]), (["--lr=(-1)**0.5"], ["must be float"]), (["--lr=1/0"], ["must be float"]),
+    (["--lr=True"], ["must be float"]),
+    (["--compile=2"], ["must be True or False, got '2'"]), (["--compile=yes"], ["must be True or False"]),
+    (["--compile=" + "y" * 999], ["got '" + "y" * 56 + "..."]),
+    (["--pos=rop"], ["--pos must be 'none' or 'rope', got 'rop'"]), (["--window=x"], ["must be int or None, got 'x'"]),
+    (["--betas=1"], ["--betas"]), (["--betas=1,2,3"], ["--betas"]), (["--resume=maybe"], ["True or False or 'auto'"]),
+    (["stray"], ["'stray' is not understood", "--key=value"]), (["-x"], ["'-x' is not understood"]),
+    (["--dim=9"], ["dim must be", "a multiple of 8, got 9"]),
+])
+def test_bad_flag_is_rejected_with_its_reason(argv, words):
+    with pytest.raises(UserError) as caught:
+        flags(*argv)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("text, message", [
+    ("\ndmi = 8", "x.py:2: dmi is not a known key; the nearest is dim"),
+    ("dim = 'a'", "x.py:1: dim must be int, got 'a'"),
+    ("dim = True + 7", "x.py:1: `dim = True + 7` cannot"), ("order = True", "x.py:1: order must be 1 or 2, got True"),
+    ("dim = 3.5", "x.py:1: dim must be int, got 3.5"), ("dim = True", "x.py:1: dim must be int, got True"),
+    ("compile = 1", "x.py:1: compile must be True or False, got 1"), ("dataset = 1", "x.py:1: dataset must be str"),
+    ("lr = 1e999", "x.py:1: `lr = 1e999` cannot"), ("\ndim = 8\ndim = 16", "x.py:3: dim is already set in line 2"),
+    ("import os", "x.py:1: `import os` is not allowed"), ("dim += 1", "x.py:1: `dim += 1` is not"),
+    ("dim, lr = 8, 1", "x.py:1: `dim, lr = 8, 1` is not"), ("dim = lr = 8", "x.py:1: `dim = lr = 8` is not"),
+    ("dim: int = 8", "x.py:1: `dim: int = 8` is not"), ("if True:\n    dim = 8", "x.py:1: `if True:` is not"),
+    ("print(1)", "x.py:1: `print(1)` is not"), ("dim = 8\n'doc'", "x.py:2: `'doc'` is not"),
+    ("dim = int(8)", "x.py:1: `dim = int(8)` cannot"), ("lr = 1\ndim = lr", "x.py:2: `dim = lr` cannot"),
+    ("dim = (8).real", "x.py:1: `dim = (8).real` cannot"), ("dataset = f'{1}'", "x.py:1: `dataset = f'{1}'` cannot"),
+    ("dim = [8][0]", "x.py:1: `dim = [8][0]` cannot"), ("dim = 8 if 1 else 9", "x.py:1: `dim = 8 if 1 else 9` cannot"),
+    ("dataset = 'a' * 10**9", "x.py:1: `dataset = 'a' * 10**9` cannot"), ("lr = 1 / 0", "division by zero"),
+    ("dataset = b'a'", "x.py:1: `dataset = b'a'` cannot"), ("dim = ", "x.py:1: invalid syntax"),
+    (" dim = 8", "x.py:1: "), ("dim = 8\0", "x.py:"),
+    (b"dim = 8 # \xff", "x.py: cannot be read as a config file: it is not UTF-8"),
+    ("dim = " + "(" * 500 + "8" + ")" * 500, "x.py:"), ("dim = " + "-" * 50_000 + "8", "x.py:"),
+    ("dim = " + "1+" * 50_000 + "1", "x.py:"), ("dim = " + "9" * 5000, "x.py:1"),
+    ("dim = 0x" + "f" * 5000, "too large"),
+])
+def test_bad_config_file_is_rejected_with_its_line(file, text, message):
+    with pytest.raises(UserError) as caught:
+        file(text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["10**10**10", "2**(2**40)", "9**99**99", "1e300**99", "((10**50)**50)**50", 
+                                    "7**1e9", "10**99 * 10**99", "(-10)**(10**10)"])
+def test_absurd_arithmetic_is_refused_at_once(file, number):
+    start = time.perf_counter()
+    with pytest.raises(UserError):
+        file(f"dim = {number}")
+    with pytest.raises(UserError):
+        flags(f"--dim={number}")
+    assert time.perf_counter() - start < 1
+
+
+def test_text_that_looks_like_bad_python_gives_no_warning():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError):
+            flags(r"--window='\d'")
+    assert not seen
+
+
+def test_config_file_is_never_run(file, tmp_path):
+    with pytest.raises(UserError):
+        file("dim = open('ran', 'w')")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_config_file_is_named_with_the_nearest_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^a.py: no such config file$"):
+        flags("a.py")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "tiny.py").write_text("")
+    (tmp_path / "config" / "base.py").write_text("")
+    with pytest.raises(UserError, match=r"config/tinny.py: no such config file; is it config/tiny.py\?"):
+        flags("config/tinny.py")
+    with pytest.raises(UserError, match=r"zzzzz.py: no such config file; is it config/base.py or config/tiny.py\?"):
+        flags("zzzzz.py")
+    with pytest.raises(UserError, match="cannot be read as a config file"):
+        (tmp_path / "folder.py").mkdir()
+        flags("folder.py")
+
+
+def test_program_without_config_files_refuses_them():
+    with pytest.raises(UserError, match="not understood"):
+        configure(["x.py"], Model, config_file=False)
+
+
+def test_key_without_default_must_be_given():
+    @dataclass
+    class Needy:
+        name: str  # no default
+
+    with pytest.raises(UserError, match="--name=... is needed"):
+        configure([], Needy)
+    assert configure(["--name=a"], Needy)[0].name == "a"
+
+
+# The programs around it
+
+PROGRAM = '''
+"""What this program does."""
+import sys
+from dataclasses import dataclass
+from configurator import command, configure
+
+@dataclass
+class Config:
+    dim: int = 64  # width of the model
+    fail: str = ""  # how to fail
+
+    def __post_init__(self):
+        if self.dim % 8:
+            raise ValueError(f"dim must be\\n a multiple of 8")
+
+def main():
+    config, = configure(sys.argv[1:], Config, doc=__doc__)
+    if config.fail == "ctrl-c":
+        raise KeyboardInterrupt
+    for _ in range(config.dim):
+        print("x" * 1000)
+
+if __name__ == "__main__":
+    command(main)
+'''
+
+
+@pytest.fixture
+def program(tmp_path):
+    """program(arguments) runs a small program by the shell: (exit code, stdout, stderr)."""
+    (tmp_path / "toy.py").write_text(textwrap.dedent(PROGRAM))
+    env = {**os.environ, "PYTHONPATH": str(Path(configurator.__file__).parent), "COLUMNS": "80"}
+    env.pop("PYTHONUNBUFFERED", None)  # buffered output meets a closed pipe later, at the flush
+
+    def run(arguments):
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' toy.py {arguments}"],
+                              cwd=tmp_path, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    return run
+
+
+@pytest.mark.parametrize("arguments", ["--dmi=8", "--dim=x", "nowhere.py", "--dim=9", "toy.py", "'a\nb'",
+                                       "--dim $'\\xff'"])
+def test_mistake_is_exit_code_2_and_one_line_without_traceback(program, arguments):
+    code, out, err = program(arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("toy.py: ") and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_success_is_exit_code_0(program):
+    code, out, err = program("--dim=8")
+    assert (code, out.count("x"), err) == (0, 8000, "")
+
+
+def test_help_shows_doc_and_every_key_with_default_and_meaning(program):
+    code, out, err = program("--dim=oops --help")
+    assert (code, err) == (0, "")
+    assert "What this program does." in out and "usage: python toy.py [config/NAME.py ...] [--key=value ...]" in out
+    assert "  --dim=64                    width of the model (int)\n" in out and "--fail=  " in out
+
+
+def test_help_wraps_to_the_terminal_and_shows_legal_values_and_comments_with_a_hash(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as stop:
+        configure(["-h"], Model, Train, doc="Doc.")
+    page = capsys.readouterr().out
+    assert stop.value.code == 0 and all(len(line) <= 60 for line in page.splitlines() if line.startswith(" "))
+    assert "('none' or 'rope')" in page and "probability # of dropping" in page
+    assert "Model:" in page and "Train:" in page and page.count("--seed=1") == 1
+
+
+def test_ctrl_c_is_exit_code_130_and_one_line(program):
+    assert program("--fail=ctrl-c") == (130, "", "toy.py: interrupted\n")
+
+
+def test_closed_pipe_is_quiet(program):
+    line = "x" * 1000 + "\n"
+    assert program("--dim=8000 | head -1") == (141, line, "")
+    assert program("--dim=8 | true") == (141, "", "")
+    assert program("--help | true") == (141, "", "")
+
+
+# No input gives anything else than a config, a UserError, or help
+
+KEYS = st.sampled_from("dim lr compile mixers pos window betas resume dataset files dmi".split())
+VALUES = st.text(max_size=12) | st.text("0123456789.e+-*/%()[],'\" jnaif", max_size=16) | st.sampled_from(
+    "True None 1e4 10**10**10 9**9**9**9 [1,'a'] (1,) -1 1j 'a'*9 x 0b1 ... x:=1".split())
+ARGUMENTS = st.text(max_size=12) | st.builds("--{}={}".format, KEYS, VALUES) | st.builds("--{}".format, KEYS)
+LINES = st.one_of(st.text(max_size=20), st.builds("{} = {}".format, KEYS, VALUES),
+                  st.builds("{} = ({}) ** ({})".format, KEYS, VALUES, VALUES))
+FILES = st.lists(LINES, max_size=4).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")) | st.binary()
+
+
+def is_valid_or_refused(argv):
+    try:
+        model, train = configure(argv, Model, Train)
+    except UserError as error:
+        assert str(error).strip()
+    except SystemExit as stop:
+        assert stop.code == 0 and ("--help" in argv or "-h" in argv)
+    else:
+        assert type(model.dim) is int and model.dim % 8 == 0 and model.pos in ("none", "rope")
+        assert type(train.lr) is float and abs(train.lr) < 1e101 and type(train.compile) is bool
+        assert type(train.dataset) is str and train.resume in (True, False, "auto") and len(train.betas) == 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ARGUMENTS, max_size=4))
+@example(["--dim=" + "(" * 9000])
+@example(["--dim=" + "-" * 90_000 + "1"])
+@example(["--lr=1" + "+1" * 30_000])
+def test_no_argv_gives_a_traceback(argv):
+    is_valid_or_refused(argv)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=FILES)
+def test_no_config_file_gives_a_traceback(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.py"
+    path.write_bytes(text)
+    is_valid_or_refused([str(path)])
