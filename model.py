@@ -145,7 +145,7 @@ def _require(condition, message):
 
 
 def _form(form):
-    """What the three forms share: their contract, checks, and precision.
+    """What the forms share: their contract, checks, precision, and the sum normaliser.
 
         S'  = exp(g_t) S_{t-1}
         S_t = S' + k_t v_t^T                         plain [1, Eq. 10], with g [3, Eq. 6; 8]
@@ -156,26 +156,41 @@ def _form(form):
       state (B,H,K,V), None for zeros. Any T >= 1.
       expand: a FeatureMap still to be applied to q and k, for maps with a kernel: scores come from kernel(q.k), and
       the features phi are formed only where a state needs them.
+      divide_by: (q', k'), divides y by the sum of weights that these make, often q and k themselves [1, Eq. 12]. The
+      sum is one more column of v, of ones, so the state has V+1 columns.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), in fp32 or wider. Passing it on splits
       a sequence over calls without changing anything.
     Raises: ValueError when shapes do not fit.
     """
     @functools.wraps(form)
-    def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, **options):
+    def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
         B, H, T, d = q.shape
-        K, V = d if expand is None else expand.phi(q[0, 0, :1]).shape[-1], v.shape[-1]
-        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, V)), log_decay=(log_decay, (B, H, T)),
+        K, V = d if expand is None else expand.phi(q[0, 0, :1]).shape[-1], v.shape[-1] + (divide_by is not None)
+        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, v.shape[-1])), log_decay=(log_decay, (B, H, T)),
                       beta=(beta, (B, H, T)), state=(state, (B, H, K, V)))
         for name, (x, shape) in wanted.items():
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
         # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
         wide = torch.promote_types(q.dtype, torch.float32)
-        q_, k, v, log_decay, beta, state = (x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state))
-        if state is None:
-            state = q_.new_zeros(B, H, K, V)
+        state = q.new_zeros(B, H, K, V, dtype=wide) if state is None else state
+
+        def run(q, k, v, state):
+            return form(*(x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state)),
+                        expand=expand or _IDENTITY, **options)
         with torch.autocast(q.device.type, enabled=False):
-            y, state = form(q_, k, v, log_decay, beta, state, expand=expand or _IDENTITY, **options)
+            if divide_by is None:
+                y, state = run(q, k, v, state)
+            else:
+                ones = torch.ones_like(v[..., :1])
+                if divide_by[0] is q and divide_by[1] is k:
+                    y, state = run(q, k, torch.cat([v, ones], dim=-1), state)
+                    y, z = y.split([V - 1, 1], dim=-1)
+                else:
+                    S, Z = state.split([V - 1, 1], dim=-1)
+                    (y, S), (z, Z) = run(q, k, v, S), run(*divide_by, ones, Z)
+                    state = torch.cat([S, Z], dim=-1)
+                y = y / (z + 1e-6)                                                # relu can make all weights zero
         return y.to(q.dtype), state
     return checked
 
@@ -404,23 +419,13 @@ class Linear(nn.Module):
         return self.beta(x).sigmoid().transpose(1, 2) if self.config.delta else None
 
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
-        """The feature map, the rotation, the form and the normaliser. The sum normaliser sums a ones column of v."""
+        """The feature map, the rotation, and one form with or without the sum normaliser."""
         expand = self.map if self.map.kernel else None
         if expand is None:
             q, k = self.map.phi(q), self.map.phi(k)
-        q_turned, k_turned = rotate(q, rope), rotate(k, rope)
-        if self.config.normaliser == "rms":
-            return form(q_turned, k_turned, v, log_decay, beta, S, expand=expand)
-        ones = torch.ones_like(v[..., :1])
-        if rope is None or expand:
-            y, S = form(q_turned, k_turned, torch.cat([v, ones], -1), log_decay, None, S, expand=expand)
-            y, z = y.split([self.V, 1], dim=-1)
-        else:
-            S, Z = (None, None) if S is None else S.split([self.V, 1], dim=-1)
-            y, S = form(q_turned, k_turned, v, log_decay, None, S)
-            z, Z = form(q, k, ones, log_decay, None, Z)
-            S = torch.cat([S, Z], dim=-1)
-        return y / (z + 1e-6), S
+        turned = (rotate(q, rope), rotate(k, rope))
+        divide_by = None if self.config.normaliser == "rms" else turned if expand else (q, k)
+        return form(*turned, v, log_decay, beta, S, expand=expand, divide_by=divide_by)
 
 
 class Softmax(nn.Module):
@@ -530,6 +535,18 @@ class Block(nn.Module):
         return x, state
 
 
+def softmax_loss(logits, targets, vocab_size):
+    """Summed cross-entropy of logits (rows,vocab or more) and its gradient, in logits' dtype; -1 targets do not count."""
+    dtype, counted = logits.dtype, (targets >= 0)[:, None]
+    targets = targets.clamp(min=0)[:, None]
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits[:, vocab_size:] = -math.inf                                            # padding is no token
+    log_z = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_z - logits.gather(1, targets)) * counted).sum()
+    p = (logits - log_z).exp_()
+    return loss, p.scatter_add_(1, targets, -torch.ones_like(log_z)).mul_(counted).to(dtype)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
@@ -538,33 +555,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk):
+    def forward(ctx, x, weight, targets, vocab_size, chunk, softmax_loss=softmax_loss):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w, count = weight.to(dtype), (targets >= 0).sum().clamp(min=1)
-        wide = torch.promote_types(dtype, torch.float32)
-        loss, grad_x, grad_w = x.new_zeros((), dtype=wide), torch.empty_like(x), torch.zeros_like(weight)
-        for rows in torch.arange(len(x), device="cpu").split(chunk):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            part, target = x[rows].to(dtype), targets[rows]
-            logits = (part @ w.T).to(wide)                                        # (chunk,vocab)
-            logits[:, vocab_size:] = -math.inf
-            counted = (target >= 0)[:, None]
-            log_z, target = logits.logsumexp(-1, keepdim=True), target.clamp(min=0)[:, None]
-            loss += ((log_z - logits.gather(1, target)) * counted).sum() / count
+        loss, grad_x, grad_w = 0.0, torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), chunk):
+            part = x[start:start + chunk].to(dtype)
+            part_loss, grad_logits = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size)  # (chunk,vocab)
+            loss = loss + part_loss
             if any(ctx.needs_input_grad):
-                p = logits.sub_(log_z).exp_()
-                p.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-                p = p.mul_(counted / count).to(dtype)
-                grad_x[rows] = p @ w
-                grad_w += p.T @ part
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
+                grad_x[start:start + chunk] = grad_logits @ w
+                grad_w += grad_logits.T @ part
+        ctx.save_for_backward(grad_x, grad_w, count)
+        return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None, None
+        grad_x, grad_w, count = ctx.saved_tensors
+        return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None
 
 
 class LM(nn.Module):
@@ -580,6 +589,7 @@ class LM(nn.Module):
         pattern = config.mixers * config.depth
         self.blocks = nn.ModuleList(Block(config, pattern[i]) for i in range(config.depth))
         self.norm = make_norm(config)
+        self.softmax_loss = softmax_loss                                          # train.py may put a compiled one here
         self.unembed = nn.Linear(config.dim, rows, bias=False)
         if config.tied:
             self.unembed.weight = self.embed.weight
@@ -605,9 +615,10 @@ class LM(nn.Module):
         x, state = self.hidden(idx, state)
         if targets is None:
             return self.logits(x), state
-        chunk = max(1, 2 ** 25 // self.unembed.out_features)                      # 128 MB of fp32 logits at a time
+        logits_at_once = 2 ** 28 if x.is_cuda else 2 ** 25                        # 512 MB of bf16, 128 MB of fp32
+        chunk = max(1, logits_at_once // self.unembed.out_features)
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
-                                        self.config.vocab_size, chunk), state
+                                        self.config.vocab_size, chunk, self.softmax_loss), state
 
     def hidden(self, idx, state=None):
         """The blocks' output before the output projection: idx (B,T) -> (B,T,D), and the new state."""

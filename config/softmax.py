@@ -1,0 +1,20 @@
+"""The baseline: the base model with softmax attention (SDPA) in place of linear attention; nothing else differs.
+
+    python prepare.py
+    python train.py config/softmax.py
+"""
+out_dir = "out/softmax"
+dataset = "c4"
+
+dim = 512
+depth = 6
+n_heads = 8
+seq_len = 1024
+mixers = "softmax"
+pos = "rope"
+
+batch_size = 64
+grad_accum = 4
+lr = 2e-4
+weight_decay = 0.1
+max_steps = 20000  # 1.3 billion tokens

@@ -1,0 +1,734 @@
+"""Text to token files: writes data/NAME/train-*.bin, val-*.bin and manifest.json, which train.py reads.
+
+    python prepare.py                                                  the first shard of C4, and its validation set
+    python prepare.py --shards=128:256                                 this machine's share of it
+    python prepare.py --dataset=stdlib                                 Python's own source: needs no network
+    python prepare.py --dataset=mine --data_files='texts/*.jsonl.gz'   .txt .jsonl .jsonl.gz .json.gz .parquet
+    python prepare.py --dataset=c4 --verify                            checks every byte, joins what was copied together
+
+A .bin is the little-endian ids of its documents, each followed by end-of-text. Every source file becomes .bin files of
+its own, in a process of its own, committed in three steps: temporary name, fsync, rename; then its record, a small
+.json, in the same way; when all are there, manifest.json, the join of the records. So a kill at any moment loses the
+sources under way and no others, the same command finishes to the same bytes, and machines that share the work need no
+coordination: copy their folders together and --verify. (One manifest that grows with every shard would need a lock.)
+Records and manifest end with a checksum of themselves; training checks that and sizes, --verify all the bytes.
+"""
+import codecs
+import collections
+import concurrent.futures as futures
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError, command, configure
+
+C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
+PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
+TXT_GROUP = 1 << 26  # .txt files share a .bin until they are so many bytes
+EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+@dataclass
+class PrepareConfig:
+    dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or a name of yours for data_files
+    data_files: str = ""  # local files instead: a glob, or several separated by spaces or commas
+    tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: bytes for stdlib, gpt2 otherwise
+    shards: str = "1"  # train shards of the downloaded C4, of 1024: N is the first N, a:b is a to b-1
+    val_fraction: float = 0.05  # share of the text held out where no file has "val" or "validation" in its name
+    data_dir: str = "data"  # the dataset goes to data_dir/dataset
+    processes: int = 0  # worker processes; 0: one per core
+    max_bad: int = 10  # unreadable records to skip and report, per source file, before giving up; 0: none
+    verify: bool = False  # check all files of the dataset, write the manifest that joins them, and stop
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w-][\w.-]*", self.dataset):
+            raise UserError(f"--dataset must be a plain name of letters, digits, - and _, got {self.dataset!r}")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction must lie between 0 and 1, got {self.val_fraction}")
+        if self.processes < 0 or self.max_bad < 0:
+            raise UserError("--processes and --max_bad must not be negative")
+        if not self.shard_range():
+            raise UserError(f"--shards must be N or a:b within 0:{C4_TRAIN}, got {self.shards!r}")
+
+    def shard_range(self):
+        match = re.fullmatch(r"(?:([0-9]{1,9}):)?([0-9]{1,9})", self.shards)
+        first, end = (int(match[1] or 0), int(match[2])) if match else (0, 0)
+        return range(first, end if end <= C4_TRAIN else 0)
+
+    @property
+    def folder(self):
+        return Path(self.data_dir, self.dataset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: ids [0, eot) are text, eot ends a document and is never made from text, not even from "<|endoftext|>".
+
+@dataclass(frozen=True)
+class Tokenizer:
+    name: str
+    vocab_size: int
+    eot: int  # the last id
+    hash: str  # sha256 of the vocabulary: equal hashes, equal meaning of every id
+    encode: Callable  # str -> array of ids
+    decode_bytes: Callable  # ids -> bytes; eot, and the ids that pad a model's vocabulary, have none
+
+    @property
+    def dtype(self):
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+
+def load_tokenizer(name):
+    """The Tokenizer "gpt2" or "bytes"; UserError for another name, or if gpt2 is neither here nor reachable."""
+    if name == "bytes":
+        vocabulary = [*(bytes([i]) for i in range(256)), b"<|endoftext|>"]
+        encode, decode = lambda text: np.frombuffer(clean(text)[1], np.uint8), bytes
+    elif name == "gpt2":
+        gpt2 = load_gpt2()
+        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)]
+        # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets "<|endoftext|>" be text
+        encode, decode = lambda text: gpt2.encode_to_numpy(clean(text)[0], disallowed_special=()), gpt2.decode_bytes
+    else:
+        raise UserError(f"unknown tokenizer {name!r}: it must be gpt2 or bytes")
+    eot = len(vocabulary) - 1
+    digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in vocabulary)).hexdigest()
+    return Tokenizer(name, eot + 1, eot, digest, encode, lambda ids: decode([int(i) for i in ids if i < eot]))
+
+
+def load_gpt2():
+    import tiktoken
+    try:
+        return within(20, lambda: tiktoken.get_encoding("gpt2"))
+    except Exception as error:  # requests', the file system's, a damaged cache's
+        raise UserError("the gpt2 vocabulary can neither be found nor downloaded: set TIKTOKEN_CACHE_DIR to a folder "
+                        f"that holds it, or use --tokenizer=bytes ({type(error).__name__})") from None
+
+
+def clean(text):
+    """(text, its UTF-8): lone surrogates, which JSON can write and UTF-8 cannot, become U+FFFD as in tiktoken."""
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text, text.encode()
+
+
+def within(seconds, call):
+    """call(), or TimeoutError: some network clients wait and retry for minutes, which looks like a hang."""
+    answer = queue.SimpleQueue()
+
+    def attempt():
+        try:
+            answer.put((call(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=attempt, daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds} s") from None
+    if error:
+        raise error
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: what a dataset is made of. One source is one task, one record, and one .bin (two if it is split).
+
+@dataclass(frozen=True)
+class Source:
+    stem: str  # of the record: train-00017, val-00003; both-00000 makes train-00000.bin and val-00000.bin
+    name: str  # as the manifest tells it, without the folders of this machine
+    parts: tuple  # (split, path, begin, end) with offsets in bytes; split "hash": each document by its hash
+
+    @property
+    def size(self):
+        return sum(end - begin for _, _, begin, end in self.parts)
+
+    def bins(self):
+        kind, number = self.stem.split("-")
+        return {split: f"{split}-{number}.bin" for split in ("train", "val") if kind in (split, "both")}
+
+
+def list_sources(config):
+    if config.data_files:
+        if config.dataset == "stdlib":
+            raise UserError("stdlib takes no --data_files: choose another --dataset name for them")
+        return local_sources(find_files(config.data_files), config.val_fraction)
+    builtin = {"c4": hub_sources, "stdlib": stdlib_sources}
+    if config.dataset not in builtin:
+        raise UserError(f"{config.dataset!r} is not c4 or stdlib, which are built in: name its files, --data_files=...")
+    return builtin[config.dataset](config)
+
+
+def find_files(patterns):
+    """The sorted files that the globs match; the whole text is tried as one first, since names may have spaces."""
+    found = set()
+    for pattern in [patterns] if glob.glob(patterns, recursive=True) else re.split(r"[\s,]+", patterns.strip(" ,")):
+        matches = {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)}
+        if not matches:
+            raise UserError(f"--data_files: no file matches {pattern!r}")
+        found |= matches
+    for path in sorted(found):
+        if not path.endswith(EXTENSIONS):
+            raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def local_sources(paths, val_fraction):
+    """Files with "val" or "validation" as a word of their name are the validation split; else a share of all text is:
+    whole documents where there are many, the tail of each file where there are few, as a few .txt files are."""
+    held_out = {path for path in paths if re.search(r"(?<![a-z])val(id(ation)?)?(?![a-z])", os.path.basename(path))}
+    if len(held_out) == len(paths):
+        raise UserError(f"--data_files: the names of all {len(paths)} files say validation, none is left to train on")
+    few = all(path.endswith(".txt") for path in paths) and len(paths) * val_fraction < 5
+    total, sources = 0, []
+
+    def group(path):  # every .txt file is one document, maybe a short one; a .bin should be longer than a context
+        nonlocal total
+        total += os.path.getsize(path)
+        return (path in held_out, total // TXT_GROUP) if path.endswith(".txt") else path
+
+    for number, (_, members) in enumerate(itertools.groupby(paths, group)):
+        members = list(members)
+        kind = ("val" if members[0] in held_out else "train") if held_out else "both"
+        name = os.path.basename(members[0]) + f" and {len(members) - 1} more" * (len(members) > 1)
+        if kind == "both" and few:
+            parts = [part for path in members for part in split_tail(path, val_fraction)]
+        else:
+            parts = [("hash" if kind == "both" else kind, path, 0, os.path.getsize(path)) for path in members]
+        sources.append(Source(f"{kind}-{number:05d}", name, tuple(parts)))
+    return sources
+
+
+def split_tail(path, val_fraction):
+    """The two parts of a file, cut between two characters."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        cut = file.seek(int(size * (1 - val_fraction)))
+        ahead = file.read(3)
+    cut += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))  # the bytes that continue a UTF-8 character
+    return ("train", path, 0, cut), ("val", path, cut, size)
+
+
+def stdlib_sources(config):
+    """The standard library without tests, installed packages and this build's settings: a function of the version."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+    paths = sorted((path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)
+                    and not path.name.startswith(("_sysconfigdata", "sitecustomize"))), key=Path.as_posix)
+    if not paths:
+        raise UserError(f"this Python has no source of its standard library in {root}: use --data_files=...")
+    return [Source("both-00000", f"the standard library of Python {platform.python_version()}",
+                   tuple(("hash", str(path), 0, path.stat().st_size) for path in paths))]
+
+
+def hub_sources(config):
+    """The wanted shards of C4. The hub is asked for sizes only if one is not committed yet."""
+    wanted = {f"train-{i:05d}": f"en/c4-train.{i:05d}-of-{C4_TRAIN:05d}.json.gz" for i in config.shard_range()}
+    wanted |= {f"val-{i:05d}": f"en/c4-validation.{i:05d}-of-{C4_VAL:05d}.json.gz" for i in range(C4_VAL)}
+    missing = [path for stem, path in wanted.items() if not (config.folder / f"{stem}.json").exists()]
+    try:
+        from huggingface_hub import HfApi  # comes with datasets
+        answer = within(60, lambda: list(HfApi().get_paths_info(C4, missing, repo_type="dataset"))) if missing else []
+        sizes = dict.fromkeys(wanted.values(), 0) | {info.path: info.size for info in answer}
+    except Exception as error:
+        raise UserError(f"cannot reach {C4} on the Hugging Face hub ({type(error).__name__}): check the network, or "
+                        "give local files, --data_files='.../c4-*.json.gz', or try --dataset=stdlib") from None
+    return [Source(stem, path, ((stem.split("-")[0], f"hf://datasets/{C4}/{path}", 0, sizes[path]),))
+            for stem, path in wanted.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: each yields (text, is it the document's last piece, bytes of the file read so far). What cannot be read is
+# counted and named, never passed over in silence.
+
+class Tally:
+    """What was skipped or repaired in one source, as its manifest entry tells it."""
+
+    def __init__(self, max_bad):
+        self.max_bad, self.counts, self.examples = max_bad, collections.Counter(), []
+
+    def bad(self, path, number, why):
+        self.counts["bad"] += 1
+        self.examples = (self.examples + [f"{os.path.basename(path)}:{number}: {why}"])[:10]
+        if self.counts["bad"] > self.max_bad:
+            raise UserError(f"{os.path.basename(path)}:{number}: {why}; mend the file, or skip such records with a "
+                            f"larger --max_bad (now {self.max_bad})")
+
+    def summary(self):
+        return dict(+self.counts) | ({"examples": self.examples} if self.examples else {})
+
+
+def read(path, begin, end, tally):
+    if path.endswith((".txt", ".py")):
+        return read_text(path, begin, end)
+    return read_parquet(path, tally) if path.endswith(".parquet") else read_json_lines(path, tally)
+
+
+def read_json_lines(path, tally):
+    number = 0
+    with open_bytes(path) as raw:
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw, 1):
+                try:
+                    text = parse_record(line) if line.strip() else None  # a blank line is no record
+                except ValueError as error:
+                    tally.bad(path, number, error)
+                    continue
+                if text is not None:
+                    yield text, True, raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            tally.bad(path, number + 1, f"the gzip stream is truncated or damaged and the rest lost ({error})")
+
+
+def open_bytes(path):
+    if not path.startswith("hf://"):
+        return open(path, "rb")
+    # What load_dataset(streaming=True) opens, with its retries; as bytes, so that bad lines can be counted one by one.
+    from datasets.utils.file_utils import xopen
+    return xopen(path, "rb")
+
+
+def parse_record(line):
+    """The text of one JSON line: b'{"text": "Hi"}' -> "Hi"; ValueError with the reason if it has none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(record, dict) or "text" not in record:
+        raise ValueError("no field text")
+    if not isinstance(record["text"], str):
+        raise ValueError("text is not a string")
+    return record["text"]
+
+
+def read_parquet(path, tally):
+    import pyarrow.parquet  # comes with datasets
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            rows, size = itertools.count(1), os.path.getsize(path)
+            for batch in table.iter_batches(1024, columns=["text"]):
+                column = batch.column("text").cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+                for text, row in zip(column.to_pylist(), rows):
+                    if text is None:
+                        tally.bad(path, row, "text is null")
+                    else:
+                        yield text.decode("utf-8", "surrogateescape"), True, size * row // table.metadata.num_rows
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise UserError(f"{path} is not a parquet file with a column text of strings ({error})") from None
+
+
+def read_text(path, begin, end, size=PIECE):
+    """Bytes begin..end of a file in pieces of about `size` bytes whose tokens, joined, are those of the whole.
+
+    A cut between a non-space and a space or newline changes no token: GPT-2's pattern begins a new word there,
+    whatever follows. A piece grows until it has such a place; memory is that of a piece, whatever the file."""
+    decoder, text = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape"), ""
+    with open(path, "rb") as raw:
+        raw.seek(begin)
+        while chunk := raw.read(min(size, end - raw.tell())):
+            text += decoder.decode(chunk)
+            cut = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, max(0, len(text) - len(chunk) - 1))
+            if cut and raw.tell() < end:
+                yield text[:cut.end()], False, raw.tell()
+                text = text[cut.end():]
+        yield text + decoder.decode(b"", True), True, raw.tell()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole or not there, and that know when they have rotted.
+
+@contextlib.contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room, or use another --data_dir; the same "
+                        "command continues where this one stopped") from None
+
+
+def commit(file, path):
+    """Gives a written temporary file its final name, so that a power cut leaves all of it or none."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def discard(file):
+    with contextlib.suppress(OSError):  # on a full disk close() flushes, and fails, once more
+        file.close()
+    Path(file.name).unlink(missing_ok=True)
+
+
+class Bin:
+    """A .bin that is being written under a temporary name, and what the manifest will say of it."""
+
+    def __init__(self, path, tokenizer):
+        self.path, self.tokenizer, self.sha256 = path, tokenizer, hashlib.sha256()
+        self.tokens = self.documents = self.bytes = 0
+        self.eot = np.array(tokenizer.eot, tokenizer.dtype).tobytes()
+        with writing(path):
+            self.file = open(f"{path}.tmp", "wb", buffering=1 << 20)
+
+    def write(self, text, utf8, last):
+        """Appends a piece of a document; returns the number of its tokens, end-of-text included."""
+        ids = self.tokenizer.encode(text).astype(self.tokenizer.dtype).tobytes() + self.eot * last
+        with writing(self.path):
+            self.file.write(ids)
+        self.sha256.update(ids)
+        tokens = len(ids) // self.tokenizer.dtype.itemsize
+        self.tokens, self.bytes, self.documents = self.tokens + tokens, self.bytes + len(utf8), self.documents + last
+        return tokens
+
+    def finish(self):
+        with writing(self.path):
+            commit(self.file, self.path)
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
+                "sha256": self.sha256.hexdigest()}
+
+
+def seal(content):
+    """The bytes of a .json file that ends with the checksum of the rest."""
+    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(content | {"checksum": checksum}, indent=1).encode() + b"\n"
+
+
+def write_sealed(path, content):
+    with writing(path), open(f"{path}.tmp", "wb") as file:
+        try:
+            file.write(seal(content))
+            commit(file, path)
+        except OSError:
+            discard(file)
+            raise
+
+
+def read_sealed(path):
+    """The content of a file that write_sealed made; UserError if it differs from that in any bit."""
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+        del content["checksum"]
+        if seal(content) != data or content["version"] != 1:
+            raise ValueError("its checksum does not fit")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}): {remake(path.parent)}") from None
+    return content
+
+
+def bin_problems(folder, content, whole=False):
+    """Yields what is wrong with the .bin files of a record or manifest; whole: by all their bytes, at about 1 GB/s."""
+    itemsize = np.dtype(content["dtype"]).itemsize
+    for name, entry in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != entry["tokens"] * itemsize:
+            yield f"{path} has {path.stat().st_size:,} bytes instead of {entry['tokens'] * itemsize:,}"
+        elif whole:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            if digest.hexdigest() != entry["sha256"]:
+                yield f"{path} has changed since it was made: its sha256 does not fit"
+
+
+def remake(folder):
+    flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
+    flags += "" if str(folder.parent) == "data" else f" --data_dir={folder.parent}"
+    return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a dataset: what train.py uses.
+
+def read_manifest(folder):
+    """The manifest of a dataset, checked against itself and the sizes of its files; UserError if anything is amiss."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"there is no finished dataset in {folder}: {remake(folder)}")
+    manifest = read_sealed(folder / "manifest.json")
+    for problem in bin_problems(folder, manifest):
+        raise UserError(f"{problem}: {remake(folder)}")
+    check_not_empty(folder, manifest)
+    return manifest
+
+
+def open_split(folder, manifest, split):
+    """The files of a split ("train" or "val") as read-only arrays of ids; the disk is read where they are used."""
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    return [np.memmap(Path(folder, name), dtype, "r") for name, entry in manifest["files"].items()
+            if entry["split"] == split and entry["tokens"]]
+
+
+def check_not_empty(folder, manifest):
+    entries = manifest["files"].values()
+    for split, mend in (("train", "look into its source files"), ("val", "raise --val_fraction")):
+        if not any(entry["documents"] for entry in entries if entry["split"] == split):
+            skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
+            raise UserError(f"{folder} has no {split} documents: {mend}" + f" (skipped: {skipped})" * bool(skipped))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers: one call of encode_source per source.
+
+def start_worker(config, options, progress):
+    global CONFIG, OPTIONS, TOKENIZER, PROGRESS
+    CONFIG, OPTIONS, TOKENIZER, PROGRESS = config, options, load_tokenizer(options["tokenizer"]), progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # a killed parent must not leave writers behind that its successor would meet
+
+
+def encode_source(index, source):
+    """Makes sure that a source is committed. Tells PROGRESS[1 + 2 * index] the bytes read, the next cell the tokens."""
+    record = read_record(CONFIG.folder, source.stem)
+    bad = record and max(entry.get("bad", 0) for entry in record["files"].values())
+    if not record or bad > CONFIG.max_bad or any(bin_problems(CONFIG.folder, record, whole=True)):
+        write_source(index, source)
+    PROGRESS[1 + 2 * index] = source.size
+
+
+def write_source(index, source):
+    tally, done, fresh = Tally(CONFIG.max_bad), 0, True
+    bins, on_hub = {}, source.parts[0][1].startswith("hf://")
+    try:
+        for split, name in source.bins().items():
+            bins[split] = Bin(CONFIG.folder / name, TOKENIZER)
+        for split, path, begin, end in source.parts:
+            for text, last, position in read(path, begin, end, tally):
+                if PROGRESS[0]:
+                    raise UserError("stopped")  # another source failed; its error is the one that is shown
+                if not text:
+                    tally.counts["empty"] += 1
+                    continue
+                valid, utf8 = clean(text)
+                tally.counts["repaired"] += valid is not text
+                if fresh:
+                    bin = bins[split_by_hash(utf8) if split == "hash" else split]
+                fresh = last
+                PROGRESS[2 + 2 * index] += bin.write(valid, utf8, last)
+                PROGRESS[1 + 2 * index] = done + position - begin
+            done += end - begin
+        entries = {bin.path.name: {"split": split, **bin.finish(), "source": source.name, "source_bytes": source.size}
+                   for split, bin in bins.items()}
+    except BaseException as error:
+        for bin in bins.values():
+            discard(bin.file)
+        if isinstance(error, OSError) or on_hub and not isinstance(error, UserError):
+            raise UserError(f"{source.name} cannot be read ({type(error).__name__}: {error}); the same command "
+                            "continues where this one stopped") from None
+        raise
+    next(iter(entries.values())).update(tally.summary())
+    write_sealed(CONFIG.folder / f"{source.stem}.json", {"version": 1, **OPTIONS, "files": entries})
+
+
+def split_by_hash(utf8):
+    """By content, so that the same text is never in both splits."""
+    return "val" if zlib.crc32(utf8) < CONFIG.val_fraction * 2**32 else "train"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+
+def prepare(config):
+    """Makes the dataset, or what is still missing of it; returns its manifest."""
+    tokenizer = ("bytes" if config.dataset == "stdlib" else "gpt2") if config.tokenizer == "auto" else config.tokenizer
+    tokenizer, sources = load_tokenizer(tokenizer), list_sources(config)
+    options = {"dataset": config.dataset, "origin": "local files" if config.data_files else "built in",
+               "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
+               "dtype": tokenizer.dtype.name}
+    if sources[0].stem.startswith("both"):
+        options["val_fraction"] = config.val_fraction
+    check_same_work(config, options, sources)
+    check_disk(config, options, sources)
+    with locked(config.folder):
+        for stale in config.folder.glob("*.tmp"):
+            stale.unlink()
+        encode_all(config, options, sources)
+        try:
+            return write_manifest(config.folder)
+        except UserError:
+            forget(config.folder, sources)
+            raise
+
+
+def read_record(folder, stem):
+    """The record of a committed source; None where it is missing or damaged, so that the source is done again."""
+    with contextlib.suppress(UserError):
+        return read_sealed(folder / f"{stem}.json")
+
+
+def record_stems(folder):
+    return sorted(path.stem for path in folder.glob("*-*.json"))
+
+
+def check_same_work(config, options, sources):
+    """Refuses to mix what is in the folder with anything that this command would not have written itself."""
+    folder, planned = config.folder, {source.stem: source for source in sources}
+    advice = "take another --dataset name, or delete that folder"
+    for stem in record_stems(folder):
+        if not (record := read_record(folder, stem)):
+            continue
+        for key, value in options.items():
+            if record.get(key) != value:
+                raise UserError(f"{folder} was made with {key} {record.get(key)}, not {value}: {advice}")
+        if stem not in planned and options["origin"] == "built in":
+            continue  # a shard of C4 that another --shards wanted: it is what this command would have made of it
+        entry, source = next(iter(record["files"].values())), planned.get(stem)
+        made = f"{entry['source']} ({entry['source_bytes']:,} bytes)"
+        if source is None:
+            raise UserError(f"{folder} also holds {made}, which is not among the files given now: {advice}")
+        if entry["source"] != source.name or source.size not in (0, entry["source_bytes"]):
+            raise UserError(f"{folder} was made from {made}, not {source.name} ({source.size:,} bytes): {advice}")
+
+
+def check_disk(config, options, sources):
+    """Estimates from above, for English, what is still to be written: gzip packs 3 : 1, a GPT-2 token is 4 bytes."""
+    todo = [source for source in sources if not (config.folder / f"{source.stem}.json").exists()]
+    text = sum(source.size * (3 if source.parts[0][1].endswith((".gz", ".parquet")) else 1) for source in todo)
+    need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
+    place = next(path for path in (config.folder, *config.folder.absolute().parents) if path.is_dir())
+    if need > (free := shutil.disk_usage(place).free):
+        raise UserError(f"{config.folder} needs about {need / 1e9:,.2f} GB, but only {free / 1e9:,.2f} GB are free: "
+                        "make room, use another --data_dir, or fewer --shards")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes the folder and lets one run at a time into it; the lock ends with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): use another --data_dir") from None
+    try:
+        with contextlib.suppress(ImportError, OSError):  # Windows and some network disks have no such locks
+            import fcntl
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another prepare.py is at work in {folder}: wait until it ends") from None
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+        os.close(handle)
+
+
+def encode_all(config, options, sources):
+    """encode_source for all sources in worker processes, with one progress bar over the bytes of all."""
+    spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
+    progress = spawn.RawArray("q", 1 + 2 * len(sources))  # a stop flag, then cells with one writer each: no lock
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(len(sources), config.processes or cores)
+    bar = tqdm(total=sum(source.size for source in sources), desc=config.dataset, unit="B", unit_scale=True, delay=1,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    with bar, futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
+        start, waiting = time.monotonic(), {pool.submit(encode_source, *task) for task in enumerate(sources)}
+        try:
+            while waiting:
+                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                tokens = sum(progress[2::2])
+                rate = f"{tokens / 1e6:,.1f}M tokens, {tokens / (time.monotonic() - start):,.0f} tokens/s"
+                bar.set_postfix_str(rate, refresh=False)
+                bar.update(sum(progress[1::2]) - bar.n)
+                for future in done:
+                    future.result()
+        except futures.process.BrokenProcessPool:
+            raise UserError("a worker process was killed, perhaps for want of memory: try fewer --processes; the same "
+                            "command continues where this one stopped") from None
+        finally:
+            progress[0] = True
+            pool.shutdown(cancel_futures=True)
+
+
+def write_manifest(folder):
+    """Joins the records of the folder: what they have in common, and all their files."""
+    records = [read_sealed(folder / f"{stem}.json") for stem in record_stems(folder)]
+    files = {name: entry for record in records for name, entry in record["files"].items()}
+    manifest = records[0] | {"files": dict(sorted(files.items()))}
+    check_not_empty(folder, manifest)
+    write_sealed(folder / "manifest.json", manifest)
+    return manifest
+
+
+def forget(folder, sources):
+    """Removes what was made in a folder that turned out to hold no dataset."""
+    for source in sources:
+        for name in (f"{source.stem}.json", *source.bins().values()):
+            (folder / name).unlink(missing_ok=True)
+
+
+def verify(config):
+    """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
+    folder, found, listed = config.folder, [], set()
+    records = {stem: read_sealed(folder / f"{stem}.json") for stem in record_stems(folder)}
+    if not records:
+        raise UserError(f"there is no dataset in {folder}: {remake(folder)}")
+    first = next(iter(records.values()))
+    for stem, record in records.items():
+        found += [f"{folder / stem}.json has {key} {record[key]}, others {first.get(key)}"
+                  for key in record if key != "files" and record[key] != first.get(key)]
+        found += bin_problems(folder, record, whole=True)
+        listed |= record["files"].keys()
+    expected = {path.name for path in folder.glob("*.bin")}
+    if (folder / "manifest.json").exists():
+        expected |= read_sealed(folder / "manifest.json")["files"].keys()
+    found += [f"{folder / name} has no record" for name in sorted(expected - listed)]
+    if found:
+        raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder)}")
+    return write_manifest(folder)
+
+
+def main(argv=None):
+    (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig, doc=__doc__)
+    manifest = verify(config) if config.verify else prepare(config)
+    entries = manifest["files"].values()
+    train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
+    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files"
+          + ", all verified" * config.verify)
+    for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
+                         ("repaired", "texts with invalid characters, now U+FFFD")):
+        if count := sum(entry.get(key, 0) for entry in entries):
+            print(f"  {count:,} {meaning}")
+    for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
+        print(f"  {example}")
+    preset = "tiny" if manifest["tokenizer"] == "bytes" else "base"
+    data_dir = f" --data_dir={config.data_dir}" * (config.data_dir != "data")
+    print(f"next: python train.py config/{preset}.py --dataset={config.dataset}{data_dir}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,121 @@
+"""Generates text with a trained model, token by token, in memory that does not grow with the text.
+
+    python sample.py                                           from out/base, one text after a blank start
+    python sample.py --out_dir=out/tiny --prompt="class "      continue a prompt
+    python sample.py --prompt_file=story.txt                   or a file's text; - reads standard input
+    python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95 --max_new_tokens=1000
+"""
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError, command, configure
+from prepare import load_tokenizer
+from train import autocast, load_checkpoint, load_model, pick_device, pick_precision
+
+
+@dataclass
+class SampleConfig:
+    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
+    prompt: str = ""                 # the text to continue; empty starts a new document
+    prompt_file: str = ""            # read the prompt from this file; - is standard input
+    num_samples: int = 1             # texts to generate, all at once
+    max_new_tokens: int = 500        # longest text, in tokens after the prompt
+    temperature: float = 0.8         # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
+    top_k: int = 0                   # choose among the k likeliest tokens; 0 means all
+    top_p: float = 1.0               # choose among the fewest tokens that hold this much probability
+    seed: int = 1337                 # the same seed gives the same text
+    stop: bool = True                # end a text at its end-of-text token
+    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+
+    def __post_init__(self):
+        for key, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if getattr(self, key) < low:
+                raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.prompt and self.prompt_file:
+            raise ValueError("give either prompt or prompt_file, not both")
+
+
+def read_prompt(config):
+    if not config.prompt_file:
+        return config.prompt
+    try:
+        data = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise UserError(f"cannot read {config.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{config.prompt_file} is not UTF-8 text") from None
+
+
+def state_bytes(state):
+    """Bytes of all tensors in a nested state."""
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state.values() if isinstance(state, dict) else state or ()))
+
+
+def main():
+    config, = configure(sys.argv[1:], SampleConfig, doc=__doc__)
+    device = pick_device(config.device)
+    paths = [path for path in (Path(config.out_dir) / "best.pt", Path(config.out_dir) / "ckpt.pt") if path.exists()]
+    checkpoint = load_checkpoint((paths or [Path(config.out_dir) / "ckpt.pt"])[0])
+    tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"])
+    if tokenizer.hash != checkpoint["data"]["tokenizer_hash"]:
+        raise UserError(f"the {tokenizer.name} tokenizer here is not the one the model was trained with")
+    model = load_model(checkpoint, device).eval()
+    precision = pick_precision("fp32" if config.precision == "auto" and device.type != "cuda" else config.precision, device)
+    if precision == "bf16":                                                       # cast once, not at every token
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+
+    prompt = [int(token) for token in tokenizer.encode(read_prompt(config))] or [tokenizer.eot]
+    if max(prompt) >= model.config.vocab_size:
+        raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {model.config.vocab_size}")
+    longest = len(prompt) + config.max_new_tokens
+    if model.config.pos == "learned" and longest > model.config.seq_len:
+        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens, and prompt and text would "
+                        f"have {longest}: take --max_new_tokens={max(0, model.config.seq_len - len(prompt))} or less")
+
+    start = time.perf_counter()
+    idx = torch.tensor([prompt] * config.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    texts, running, state = [[] for _ in range(config.num_samples)], set(range(config.num_samples)), None
+    streaming, utf8 = config.num_samples == 1, codecs.getincrementaldecoder("utf-8")("replace")
+    bar = tqdm(total=config.max_new_tokens, unit="tok", disable=None if not streaming else True)
+    if streaming:
+        print(tokenizer.decode_bytes(prompt if config.prompt or config.prompt_file else []).decode(errors="replace"), end="")
+    with autocast(device, precision):
+        for tokens, state in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+                                            generator):
+            for i, token in enumerate(tokens.tolist()):
+                if i in running and config.stop and token == tokenizer.eot:
+                    running.discard(i)
+                elif i in running:
+                    texts[i].append(token)
+            if streaming and running:
+                print(utf8.decode(tokenizer.decode_bytes(texts[0][-1:])), end="", flush=True)
+            bar.update()
+            if not running:
+                break
+    bar.close()
+    seconds, made = time.perf_counter() - start, sum(map(len, texts))
+    if streaming:
+        print(utf8.decode(b"", final=True))
+    for i, text in enumerate(texts if not streaming else []):
+        print(f"--- {i + 1} of {config.num_samples}\n{tokenizer.decode_bytes(prompt + text).decode(errors='replace')}")
+    print(f"\n{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s after a prompt of {len(prompt)}; "
+          f"the state is {state_bytes(state) / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,733 @@
+"""Claims about model.py: the three forms are one operation, any split of a text gives the same result, the mixers are
+the published ones (written out here as slow loops, with equation numbers), and nothing large is ever in memory.
+
+References as in model.py: [1] Transformers are RNNs, [2] Based, [3] RetNet, [6] Gated DeltaNet, [7] RoFormer.
+"""
+import cmath
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import FEATURE_MAPS, LM, LinearCrossEntropy, ModelConfig, choose, rope_table, rotate
+
+
+def chunked(size):
+    return lambda *args, **options: model.linear_attention_chunked(*args, chunk_size=size, **options)
+
+
+FORMS = {"quadratic": model.linear_attention_quadratic, "recurrent": model.linear_attention_recurrent,
+         "chunked by 7": chunked(7), "chunked by 64": chunked(64), "chunked by 1000": chunked(1000)}
+RULES = ["plain", "decay", "delta", "decay delta"]
+TAYLOR = FEATURE_MAPS["taylor"]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                     # for tensors this small, also faster
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def operands(T, rule="plain", state=True, K=4, V=3, B=2, H=2, dtype=torch.float64, features=None):
+    """Random arguments of a form, by name; keys have unit length where the delta rule needs it."""
+    x = {"q": torch.randn(B, H, T, K), "k": torch.randn(B, H, T, K), "v": torch.randn(B, H, T, V)}
+    if "decay" in rule:
+        x["log_decay"] = -torch.rand(B, H, T)
+    if "delta" in rule:
+        x["k"], x["beta"] = F.normalize(x["k"], dim=-1), torch.rand(B, H, T)
+    if state:
+        x["state"] = torch.randn(B, H, features or K, V)
+    return {name: value.to(dtype).requires_grad_() for name, value in x.items()}
+
+
+def close(got, wanted, tolerance):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The forms
+
+
+def by_hand(q, k, v, log_decay=None, beta=None, state=None):
+    """Section 3 of the design, token by token, one (batch, head) at a time."""
+    y, S = torch.zeros_like(v), torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state.clone()
+    for b, h, t in itertools.product(*map(range, q.shape[:3])):
+        key, write = k[b, h, t], v[b, h, t]
+        if log_decay is not None:
+            S[b, h] *= math.exp(log_decay[b, h, t])
+        if beta is not None:
+            write = beta[b, h, t] * (write - S[b, h].T @ key)
+        S[b, h] += torch.outer(key, write)
+        y[b, h, t] = S[b, h].T @ q[b, h, t]
+    return y, S
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("state", [False, True], ids=["", "state"])
+def test_every_form_is_the_recurrence_written_by_hand(rule, state, float64):
+    x = {name: value.detach() for name, value in operands(11, rule, state).items()}
+    wanted = by_hand(**x)
+    for form in [*FORMS.values(), chunked(1), chunked(10), chunked(11)]:
+        close(form(**x), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("expand", [None, TAYLOR], ids=["", "taylor"])
+@pytest.mark.parametrize("state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 200])
+def test_quadratic_recurrent_and_chunked_agree_in_values_state_and_all_gradients(T, rule, state, expand):
+    x = operands(T, rule, state, B=1, features=15 if expand else None)           # 1 + 4 + 4 * 5 / 2 = 15
+    if expand and "delta" in rule:                                               # |phi(k)|^2 = 2.1 needs smaller steps
+        x["beta"] = (x["beta"] * 0.3).detach().requires_grad_()
+    results = {}
+    for name, form in FORMS.items():
+        y, S = form(**x, expand=expand)
+        weigh = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        gradients = torch.autograd.grad((y * weigh).sum() + S.square().sum(), list(x.values()))
+        results[name] = (y, S, *gradients)
+    for result in results.values():
+        close(result, results["recurrent"], 1e-10)
+
+
+@pytest.mark.parametrize("expand", [None, TAYLOR], ids=["", "taylor"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", ["quadratic", "recurrent", "chunked by 7"])
+def test_gradients_are_the_slopes(form, rule, expand):
+    x = operands(9, rule, K=2, V=2, B=1, H=1, features=6 if expand else None)
+    assert torch.autograd.gradcheck(lambda *xs: FORMS[form](**dict(zip(x, xs)), expand=expand), tuple(x.values()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", FORMS)
+def test_any_split_over_calls_equals_one_call(form, rule):
+    x = operands(130, rule, K=3)
+    wanted, wanted_state = FORMS[form](**x)
+    for lengths in ([1, 129], [129, 1], [64, 66], [1, 1, 63, 2, 63]):
+        ys, state = [], x["state"]
+        parts = {name: value.split(lengths, dim=2) for name, value in x.items() if name != "state"}
+        for i in range(len(lengths)):
+            y, state = FORMS[form](**{name: part[i] for name, part in parts.items()}, state=state)
+            ys.append(y)
+        close((torch.cat(ys, dim=2), state), (wanted, wanted_state), 1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_decay_and_inputs_give_no_nan_and_the_right_values(form):
+    for rule in ("decay", "decay delta"):
+        x = operands(200, rule, dtype=torch.float32)
+        steps = torch.tensor([-1e4, -50.0, 0.0, -1e-6])
+        x["log_decay"] = steps[torch.randint(4, (2, 2, 200))].requires_grad_()
+        x["q"], x["v"] = (1e4 * x["q"]).detach().requires_grad_(), (1e4 * x["v"]).detach().requires_grad_()
+        y, S = FORMS[form](**x)
+        for gradient in torch.autograd.grad(y.sum() + S.sum(), list(x.values())):
+            assert gradient.isfinite().all()
+        wanted, _ = FORMS["recurrent"](**{name: value.double() for name, value in x.items()})
+        close(y.double() / wanted.std(), wanted / wanted.std(), 1e-2)            # sums of g lose digits after -1e4
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_is_within_one_percent_of_fp32_at_2048_tokens(form, rule):
+    x = operands(2048, rule, B=1, H=1, K=16, V=16, dtype=torch.bfloat16)
+    x = {name: value.detach() for name, value in x.items()}
+    y, S = FORMS[form](**x)
+    wanted, wanted_state = FORMS["chunked by 64"](**{name: value.float() for name, value in x.items()})
+    assert y.dtype == torch.bfloat16 and S.dtype == torch.float32
+    assert (y - wanted).norm() < 0.01 * wanted.norm()
+    assert (S - wanted_state).norm() < 0.01 * wanted_state.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_counts_ones_exactly_in_bf16_and_under_autocast(form):
+    ones = torch.ones(1, 1, 1500, 1)
+    assert FORMS[form](*[ones.bfloat16()] * 3)[1].item() == 1500
+    with torch.autocast("cpu", torch.bfloat16):
+        y, S = FORMS[form](ones, ones, ones)
+    assert S.item() == 1500 and torch.equal(y.flatten(), torch.arange(1, 1501.0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decay_zero_is_no_decay_exactly(form):
+    for rule in ("plain", "delta"):
+        x = operands(100, rule, dtype=torch.float32)
+        for got, wanted in zip(FORMS[form](**x, log_decay=torch.zeros(2, 2, 100)), FORMS[form](**x)):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("weights", ["q and k", "another pair", "taylor"])
+@pytest.mark.parametrize("form", FORMS)
+def test_divide_by_is_a_column_of_ones_and_a_division_over_any_split(form, weights):
+    x = {name: value.detach().abs() for name, value in operands(70, state=False, K=4).items()}
+    x["log_decay"] = -torch.rand(2, 2, 70).double()
+    by = [torch.rand(2, 2, 70, 4).double() for _ in "qk"] if weights == "another pair" else [x["q"], x["k"]]
+    expand = TAYLOR if weights == "taylor" else None
+    y, S = FORMS[form](**x, expand=expand)
+    z, Z = FORMS[form](*by, torch.ones(2, 2, 70, 1).double(), x["log_decay"], expand=expand)
+    wanted, state, ys = (y / (z + 1e-6), torch.cat([S, Z], dim=-1)), None, []
+    for part in (slice(0, 66), slice(66, 70)):
+        q, k, v, g, *other = (a[:, :, part] for a in [*x.values(), *by])
+        pair = other if weights == "another pair" else (q, k)
+        y, state = FORMS[form](q, k, v, g, state=state, expand=expand, divide_by=pair)
+        ys.append(y)
+    close((torch.cat(ys, dim=2), state), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "log_decay", "beta", "state"])
+def test_an_argument_that_does_not_fit_is_refused_by_name(name):
+    x = operands(5, "decay delta")
+    x[name] = x[name][:1]
+    for form in FORMS.values():
+        with pytest.raises(ValueError, match=rf"^{name} must have shape"):
+            form(**x)
+
+
+@pytest.mark.parametrize("d", [2, 5, 16])
+def test_taylor_features_multiply_to_its_kernel(d):
+    """[2]: phi(q).phi(k) = 1 + s + s^2 / 2, s = q.k / sqrt(d); 153 columns at d = 16."""
+    q, k = torch.randn(2, 20, d, dtype=torch.float64)
+    s = (q * k).sum(-1) / d ** 0.5
+    close((TAYLOR.phi(q) * TAYLOR.phi(k)).sum(-1), 1 + s + s * s / 2, 1e-12)
+    close(TAYLOR.kernel((q * k).sum(-1), d), 1 + s + s * s / 2, 1e-12)
+    assert TAYLOR.phi(q).shape[-1] == 1 + d + d * (d + 1) // 2
+
+
+def test_feature_maps_are_their_formulas_and_as_positive_and_as_long_as_they_say():
+    x = 3 * torch.randn(2, 500, 8)
+    close(FEATURE_MAPS["elu"].phi(x), torch.where(x > 0, x + 1, x.exp()), 1e-6)  # [1, Eq. 7]
+    close(FEATURE_MAPS["relu"].phi(x), x.clamp(min=0), 0)
+    for phi in FEATURE_MAPS.values():
+        q, k = phi.phi(x)
+        assert not phi.positive or (q @ k.T >= 0).all()
+        assert not phi.unit or (q.norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+TINY = dict(vocab_size=70, dim=16, n_heads=2, seq_len=32, chunk_size=4, window=5, mlp_ratio=1.0)
+PRESETS = {
+    "base": dict(),
+    "softmax": dict(mixers="softmax"),
+    "based": dict(mixers="conv linear window", feature_map="taylor", feature_dim=4),
+    "retnet": dict(feature_map="identity", decay="fixed", normaliser="rms", output_gate=True, expand_v=2),
+    "deltanet": dict(feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, pos="none"),
+    "gated_deltanet": dict(feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, pos="none",
+                           decay="gated", output_gate=True, mlp="swiglu"),
+}
+LINEAR_OPTIONS = dict(
+    mixers=["linear", "linear window", "conv linear softmax", ["window", "linear"]],
+    feature_map=list(FEATURE_MAPS), pos=["none", "learned", "sinusoidal", "rope"], decay=["none", "fixed", "gated"],
+    delta=[False, True], normaliser=["sum", "rms"], short_conv=[False, True], output_gate=[False, True],
+    expand_v=[1.0, 2.0], feature_dim=[0, 4], mlp=["gelu", "swiglu", "relu2"], mlp_ratio=[0.0, 1.0],
+    norm=["rms", "layer"], tied=[True, False])
+
+
+def tiny(**options):
+    """A small model in float64, its weights large enough that every part of it matters to the logits."""
+    lm = LM(ModelConfig(**{**TINY, "depth": 3, **options})).double().eval()
+    for name, p in lm.named_parameters():
+        if p.dim() == 2 and "conv" not in name:
+            torch.nn.init.normal_(p, std=1 / p.shape[1] ** 0.5)
+    return lm
+
+
+def legal(**options):
+    try:
+        return bool(ModelConfig(**{**TINY, **options}))
+    except ValueError:
+        return False
+
+
+def covering_set(options):
+    """A few legal configurations in which every legal pair of option values occurs, found greedily at random.
+
+    Returns them, and the pairs of which no legal configuration was found.
+    """
+    draw, chosen, impossible = random.Random(0), [], set()
+
+    def pairs(config):
+        return set(itertools.combinations([(name, str(value)) for name, value in config.items()], 2))
+    todo = {((a, str(x)), (b, str(y))): {a: x, b: y} for a, b in itertools.combinations(options, 2)
+            for x, y in itertools.product(options[a], options[b])}
+    while todo:
+        fixed = next(iter(todo.values()))
+        tries = [{name: fixed.get(name, draw.choice(values)) for name, values in options.items()} for _ in range(400)]
+        tries = sorted((c for c in tries if legal(**c)), key=lambda c: len(pairs(c) & todo.keys()))
+        if not tries:
+            impossible.add(next(iter(todo)))
+        chosen += tries[-1:]
+        for pair in pairs(tries[-1]) if tries else [next(iter(todo))]:
+            todo.pop(pair, None)
+    return chosen, impossible
+
+
+COVERING, IMPOSSIBLE = covering_set(LINEAR_OPTIONS)
+COVERING += [dict(mixers=m, pos=pos, norm=norm) for m in ("window", "softmax", "conv", ["softmax", "conv", "window"])
+             for pos, norm in zip(LINEAR_OPTIONS["pos"], ["rms", "layer"] * 2)]
+COVERING += list(PRESETS.values())
+
+
+def test_only_these_pairs_of_options_are_refused():
+    unit = [(("feature_map", m), ("delta", "True")) for m in FEATURE_MAPS if m != "silu_l2"]
+    summed = [(("feature_map", m), ("normaliser", "sum")) for m in ("identity", "silu_l2")]
+    assert IMPOSSIBLE == {*unit, *summed, (("delta", "True"), ("normaliser", "sum"))}
+
+
+def read(lm, idx, lengths):
+    """The logits of idx read in parts of these lengths, and the last state."""
+    parts, state = [], None
+    for part in idx.split(lengths, dim=1):
+        logits, state = lm(part, state=state)
+        parts.append(logits)
+    return torch.cat(parts, dim=1), state
+
+
+@pytest.mark.parametrize("options", COVERING, ids=str)
+@torch.no_grad()
+def test_any_split_of_a_text_gives_one_result_and_no_token_changes_the_past(options):
+    lm, idx = tiny(**options), torch.randint(70, (2, 23))
+    wanted, state = lm(idx)
+    for lengths in ([9] + [1] * 14, [1] * 3 + [2, 4, 14], [12, 11]):
+        got, got_state = read(lm, idx, lengths)
+        close(got, wanted, 1e-9)
+        close(tree_leaves(got_state), tree_leaves(state), 1e-9)
+    for t in (1, 10, 22):
+        other = idx.clone()
+        other[:, t] = (idx[:, t] + 1) % 70
+        changed, _ = lm(other)
+        assert torch.equal(changed[:, :t], wanted[:, :t])
+        assert not torch.equal(changed[:, t:], wanted[:, t:])
+
+
+@pytest.mark.parametrize("mixers, depth, wanted", [
+    ("linear", 3, "Linear Linear Linear"), ("conv linear window", 4, "Conv Linear Window Conv"),
+    ("softmax,linear", 2, "Softmax Linear"), (["window", "conv"], 3, "Window Conv Window")])
+def test_a_pattern_of_mixers_repeats_over_the_depth(mixers, depth, wanted):
+    lm = tiny(mixers=mixers, depth=depth)
+    assert " ".join(type(block.mixer).__name__ for block in lm.blocks) == wanted
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_block_adds_its_mixer_and_then_its_mlp_to_normed_inputs(mlp, norm):
+    block, x = tiny(mlp=mlp, norm=norm, mlp_ratio=3.0, pos="none").blocks[0], 5 * torch.randn(2, 9, 16).double()
+
+    def normed(x):
+        return F.layer_norm(x, [16]) if norm == "layer" else x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    x1 = x + block.mixer(normed(x), None, {})[0]
+    up = normed(x1) @ block.mlp.up.weight.T
+    hidden = {"gelu": lambda: up * (1 + torch.erf(up / 2 ** 0.5)) / 2, "relu2": lambda: up.clamp(min=0) ** 2,
+              "swiglu": lambda: up[..., :32] * up[..., :32].sigmoid() * up[..., 32:]}[mlp]()   # 2 / 3 of 3 * 16
+    close(block(x, None, {})[0], x1 + hidden @ block.mlp.out.weight.T, 1e-10)
+
+
+@torch.no_grad()
+def test_a_gate_fixed_to_one_makes_gated_deltanet_deltanet_exactly():
+    options = {**PRESETS["deltanet"], "mixers": "linear"}
+    plain, gated, idx = tiny(**options), tiny(**options, decay="gated"), torch.randint(70, (2, 23))
+    assert not gated.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    assert not torch.equal(gated(idx)[0], plain(idx)[0])
+    for block in gated.blocks:
+        block.mixer.log_A.fill_(-math.inf)                                       # alpha = exp(-A softplus) = 1
+    assert torch.equal(gated(idx)[0], plain(idx)[0])
+
+
+@torch.no_grad()
+def test_a_window_longer_than_the_text_is_full_softmax():
+    full, idx = tiny(mixers="softmax"), torch.randint(70, (2, 23))
+    for w, same in ((23, True), (100, True), (22, False)):
+        windowed = tiny(mixers="window", window=w)
+        windowed.load_state_dict(full.state_dict())
+        assert torch.allclose(windowed(idx)[0], full(idx)[0], rtol=0, atol=1e-12) == same
+
+
+@pytest.mark.parametrize("T", [1, 4, 5, 6, 31])
+def test_a_window_sees_its_last_tokens_and_no_others(T):
+    q, k, v = (torch.randn(2, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (q @ k.mT / 2).masked_fill((age < 0) | (age >= 5), -math.inf)
+    y, _ = tiny(mixers="window").blocks[0].mixer.attend(q, k, v, None)
+    wanted = scores.softmax(-1) @ v
+    close(y, wanted, 1e-12)
+    close(*(torch.autograd.grad(z.square().sum(), (q, k, v)) for z in (y, wanted)), 1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Records the size in elements of the largest memory that any operation gave back, forward or backward."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("mixers", ["linear", "window", "conv"])
+def test_memory_grows_linearly_with_the_text(mixers):
+    lm, largest = tiny(mixers=mixers, depth=1, chunk_size=64, window=32), {}
+    for T in (1024, 2048):
+        with Largest() as seen:
+            lm(torch.randint(70, (1, T)))[0].sum().backward()
+        largest[T] = seen.elements
+    assert largest[2048] <= 2 * largest[1024] and largest[2048] < 2048 * 2048 / 8
+
+
+SCALED = {**PRESETS, "gated": dict(decay="gated", normaliser="rms"), "relu": dict(feature_map="relu", pos="none")}
+
+
+@pytest.mark.parametrize("preset", SCALED)
+def test_bf16_forward_and_backward_stay_finite_at_4096_tokens_with_extreme_inputs(preset):
+    for scale in (1e-4, 1e2):
+        lm = LM(ModelConfig(**{**TINY, **SCALED[preset], "seq_len": 4096, "depth": 3}))
+        with torch.no_grad():
+            for p in lm.parameters():
+                p.mul_(scale if p.dim() == 2 else 1)
+        idx = torch.randint(70, (1, 4096))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = lm(idx, idx)
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in lm.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The published layers, one token at a time. Queries, keys and values of x W, x one text (T,D).
+
+
+def by_heads(x, weight, width):
+    return (x @ weight.T).unflatten(-1, (-1, width)).unbind(1)                   # H of (T,width)
+
+
+def based(m, x):
+    """[2]: y_t = sum_j f(q_t, k_j) v_j / sum_j f(q_t, k_j), f(q, k) = 1 + s + s^2 / 2, s = q.k / sqrt(16)."""
+    Wq, Wk, Wv = m.qkv.weight.split([2 * 16, 2 * 16, 16])
+    ys = []
+    for q, k, v in zip(by_heads(x, Wq, 16), by_heads(x, Wk, 16), by_heads(x, Wv, 8)):
+        rows = []
+        for t in range(len(x)):
+            s = [q[t] @ k[j] / 4 for j in range(t + 1)]
+            weights = [1 + a + a * a / 2 for a in s]
+            rows.append(sum(a * v[j] for j, a in enumerate(weights)) / (sum(weights) + 1e-6))
+        ys.append(torch.stack(rows))
+    return torch.cat(ys, dim=-1) @ m.out.weight.T
+
+
+def roformer(m, x):
+    """[7, Eq. 19] with phi = elu + 1 [1, Eq. 7]: the numerator is rotated, the denominator is not."""
+    ys = []
+    for q, k, v in zip(*(by_heads(x, W, 8) for W in m.qkv.weight.split(16))):
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        angle = torch.arange(len(x))[:, None] * 10000 ** (-torch.arange(4) / 4)
+        Q, K = (torch.complex(z[:, :4], z[:, 4:]) * torch.exp(1j * angle) for z in (q, k))
+        rows = [sum((Q[t] @ K[j].conj()).real * v[j] for j in range(t + 1)) /
+                (sum(q[t] @ k[j] for j in range(t + 1)) + 1e-6) for t in range(len(x))]
+        ys.append(torch.stack(rows))
+    return torch.cat(ys, dim=-1) @ m.out.weight.T
+
+
+def retnet(m, x):
+    """[3, Eq. 5, 6, 8]: S_n = gamma S_{n-1} + K_n^T V_n, o_n = Q_n S_n, Q_n turned by e^{in theta} and K_n by its
+    conjugate; a norm of each head; (swish(x W_G) * Y) W_O. Differs: GroupNorm is RMSNorm, as in the authors' code, with
+    a weight that starts at 1; theta is RoFormer's [7, Eq. 15], on pairs (i, i + d/2).
+    """
+    Wq, Wk, Wv = m.qkv.weight.split([16, 16, 32])
+    ys = []
+    for h, (q, k, v) in enumerate(zip(by_heads(x, Wq, 8), by_heads(x, Wk, 8), by_heads(x, Wv, 16))):
+        gamma, S, rows = 1 - 2.0 ** (-5 - h), 0, []
+        for n in range(len(x)):
+            turn = torch.exp(1j * n * 10000 ** (-torch.arange(4) / 4))
+            Q, K = (torch.complex(z[n, :4], z[n, 4:]) * turn for z in (q, k))
+            S = gamma * S + K.conj()[:, None] * v[n]
+            o = (Q @ S).real
+            rows.append(m.norm.weight * o / (o.square().mean() + 1e-6).sqrt())
+        ys.append(torch.stack(rows))
+    return (F.silu(x @ m.gate.weight.T) * torch.cat(ys, dim=-1)) @ m.out.weight.T
+
+
+def gated_deltanet(m, x):
+    """[6, Eq. 10]: S_t = S_{t-1} (alpha_t (I - beta_t k_t k_t^T)) + beta_t v_t k_t^T, o_t = S_t q_t.
+
+    [6, Sec. 3.4]: q, k = L2(SiLU(conv)), v = SiLU(conv), a norm, a SiLU gate. alpha_t = exp(-A softplus(x W + b)) [8].
+    """
+    z = x @ m.qkv.weight.T
+    z = [sum(m.conv.weight[i] * z[t - i] for i in range(min(4, t + 1))) for t in range(len(x))]
+    z = torch.stack([a / (1 + (-a).exp()) for a in z])                           # SiLU
+    ys = []
+    for h in range(2):
+        q, k, v = (z[:, i * 16 + h * 8:][:, :8] for i in range(3))
+        S, rows = torch.zeros(8, 8), []
+        for t in range(len(x)):
+            key, query = k[t] / k[t].norm(), q[t] / q[t].norm()
+            alpha = (-m.log_A[h].exp() * (1 + (x[t] @ m.decay.weight[h] + m.decay_bias[h]).exp()).log()).exp()
+            beta = 1 / (1 + (-x[t] @ m.beta.weight[h]).exp())
+            S = S @ (alpha * (torch.eye(8) - beta * torch.outer(key, key))) + beta * torch.outer(v[t], key)
+            o = S @ query
+            rows.append(m.norm.weight * o / (o.square().mean() + 1e-6).sqrt())
+        ys.append(torch.stack(rows))
+    gate = x @ m.gate.weight.T
+    return (torch.cat(ys, dim=-1) * gate / (1 + (-gate).exp())) @ m.out.weight.T
+
+
+def gated_conv(m, x):
+    """[2]: out(gate(x) * conv(in(x))), depthwise and causal over 3 tokens; the authors' code adds a SiLU and biases."""
+    Wg, Wi = m.both.weight.chunk(2)
+    rows = [(Wg @ x[t]) * sum(m.conv.weight[i] * (Wi @ x[t - i]) for i in range(min(3, t + 1))) for t in range(len(x))]
+    return torch.stack(rows) @ m.out.weight.T
+
+
+@pytest.mark.parametrize("layer, options", [
+    (based, dict(feature_map="taylor", feature_dim=16, pos="none")), (roformer, dict()),
+    (gated_conv, dict(mixers="conv")), (retnet, PRESETS["retnet"]), (gated_deltanet, PRESETS["gated_deltanet"])],
+    ids=lambda x: getattr(x, "__name__", ""))
+def test_mixer_is_the_published_layer_in_one_pass_step_by_step_and_in_gradients(layer, options, float64):
+    mixer = tiny(depth=1, **options).blocks[0].mixer
+    for p in mixer.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p)                                             # norm weights, A, bias of the decay
+    x = torch.randn(2, 13, 16, requires_grad=True)
+    wanted = torch.stack([layer(mixer, text) for text in x])
+
+    def ropes(start, end):
+        return {} if options.get("pos") == "none" else {8: rope_table(torch.arange(start, end), 8)}
+    y, _ = mixer(x, None, ropes(0, 13))
+    close(y, wanted, 1e-10)
+    steps, state = [], None
+    for t in range(13):
+        y_t, state = mixer(x[:, t:t + 1], state, ropes(t, t + 1))
+        steps.append(y_t)
+    close(torch.cat(steps, dim=1), wanted, 1e-10)
+    close(*(torch.autograd.grad(z.square().sum(), [x, *mixer.parameters()]) for z in (y, wanted)), 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+@pytest.mark.parametrize("options", [dict(mixers="softmax"), dict(mixers="window"), dict(), PRESETS["retnet"],
+                                     dict(feature_map="taylor")], ids=str)
+@torch.no_grad()
+def test_rope_depends_on_distances_only(options):
+    lm, idx = tiny(**options), torch.randint(70, (1, 20))
+    late, _ = lm(idx, state={"tokens": torch.tensor(1000), "layers": [None] * 3})
+    close(late, lm(idx)[0], 1e-9)
+
+
+def test_rope_turns_pairs_exactly_even_at_a_million():
+    for n in (0, 1, 1_000_000):
+        x = torch.randn(1, 1, 1, 6)
+        got = rotate(x, rope_table(torch.tensor([n]), 6)).flatten().tolist()
+        for i in range(3):
+            z = complex(x[0, 0, 0, i], x[0, 0, 0, i + 3]) * cmath.exp(1j * n * 10000.0 ** (-2 * i / 6))
+            assert abs(complex(got[i], got[i + 3]) - z) < 1e-6
+
+
+@pytest.mark.parametrize("pos", ["none", "learned", "sinusoidal", "rope"])
+@torch.no_grad()
+def test_only_positions_tell_the_order_of_the_past(pos):
+    lm, idx = tiny(pos=pos, depth=1), torch.randint(70, (1, 20))
+    shuffled = torch.cat([idx[:, torch.randperm(19)], idx[:, 19:]], dim=1)
+    assert torch.allclose(lm(shuffled)[0][:, -1], lm(idx)[0][:, -1], rtol=0, atol=1e-9) == (pos == "none")
+
+
+@torch.no_grad()
+def test_learned_positions_end_at_seq_len_and_say_so():
+    lm = tiny(pos="learned")
+    _, state = lm(torch.zeros(1, 32, dtype=torch.long))
+    for tokens, past in ((33, None), (1, state)):
+        with pytest.raises(ValueError, match="learned positions end at seq_len=32, and this text has 33 tokens"):
+            lm(torch.zeros(1, tokens, dtype=torch.long), state=past)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# causal=False
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "taylor"])
+@torch.no_grad()
+def test_bidirectional_attention_is_the_sum_over_all_keys(feature_map):
+    mixer, x = tiny(causal=False, feature_map=feature_map, depth=1).blocks[0].mixer, torch.randn(1, 9, 16).double()
+    q, k, v = (torch.stack(by_heads(x[0], W, 8)) for W in mixer.qkv.weight.split(16))
+    phi = FEATURE_MAPS[feature_map].phi
+    weights = phi(q) @ phi(k).mT                                                 # (H,T,T)
+    wanted = weights @ v / weights.sum(-1, keepdim=True)
+    close(mixer(x, None, {})[0][0], wanted.transpose(0, 1).flatten(1) @ mixer.out.weight.T, 1e-5)
+    with pytest.raises(ValueError, match="no order in time"):
+        model.linear_attention_bidirectional(**operands(5, "decay"))
+
+
+@pytest.mark.parametrize("mixers", ["linear", "softmax"])
+@torch.no_grad()
+def test_without_order_or_positions_shuffling_tokens_shuffles_logits(mixers):
+    idx, shuffle = torch.randint(70, (2, 20)), torch.randperm(20)
+    for pos, same in (("none", True), ("rope", False)):
+        lm = tiny(mixers=mixers, causal=False, pos=pos)
+        assert torch.allclose(lm(idx[:, shuffle])[0], lm(idx)[0][:, shuffle], rtol=0, atol=1e-9) == same
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
+def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradients(chunk):
+    x, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (30, 128))
+    targets = torch.randint(70, (30,))                                           # the other 58 rows are padding
+    targets[[0, 7, 8, 29]] = -1
+    loss = LinearCrossEntropy.apply(x, weight, targets, 70, chunk)
+    wanted = F.cross_entropy(x @ weight[:70].T, targets, ignore_index=-1)
+    close(loss, wanted, 1e-12)
+    close(*(torch.autograd.grad(3 * z, (x, weight)) for z in (loss, wanted)), 1e-12)
+    assert LinearCrossEntropy.apply(x, weight, targets.clamp(max=-1), 70, chunk) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_the_model_is_cross_entropy_of_its_logits(tied):
+    lm, idx = tiny(tied=tied), torch.randint(70, (3, 20))
+    targets = idx.roll(-1, dims=1)
+    targets[:, -1] = -1
+    loss, wanted = lm(idx, targets)[0], F.cross_entropy(lm(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    close(loss, wanted, 1e-12)
+    close(*(torch.autograd.grad(z, list(lm.parameters())) for z in (loss, wanted)), 1e-10)
+
+
+def test_no_more_than_one_chunk_of_logits_is_in_memory():
+    x, weight = (torch.randn(n, 8, requires_grad=True) for n in (4096, 512))
+    with Largest() as seen:
+        LinearCrossEntropy.apply(x, weight, torch.randint(512, (4096,)), 512, 64).backward()
+    assert seen.elements <= 64 * 512                                             # and not 4096 * 512
+    lm, idx = LM(ModelConfig(**{**TINY, "vocab_size": 50257, "depth": 1})), torch.zeros(1, 2048, dtype=torch.long)
+    with Largest() as seen:
+        lm(idx, idx)[0].backward()
+    assert seen.elements <= 2 ** 25                                              # and not 2048 * 50257
+
+
+@pytest.mark.xfail(strict=True, reason="LinearCrossEntropy takes gradients under no_grad too")
+@torch.no_grad()
+def test_evaluating_the_loss_multiplies_by_the_vocabulary_once():
+    x, weight = torch.randn(100, 8), torch.randn(512, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as flops:
+        LinearCrossEntropy.apply(x, weight, torch.randint(512, (100,)), 512, 64)
+    assert flops.get_total_flops() == 2 * 100 * 8 * 512
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(lm, idx, n, **options):
+    return torch.stack([token for token, _ in lm.generate(idx, n, **options)], dim=1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_greedy_generation_is_the_argmax_of_a_full_forward(preset):
+    lm, idx = tiny(**PRESETS[preset]), torch.randint(70, (2, 7))
+    for _ in range(12):
+        idx = torch.cat([idx, lm(idx)[0][:, -1:].argmax(-1)], dim=1)
+    for piece in (1, 3, 7, 4096):
+        assert torch.equal(generate(lm, idx[:, :7], 12, temperature=0, piece=piece), idx[:, 7:])
+    for sharp in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-6)):
+        assert torch.equal(generate(lm, idx[:, :7], 12, **sharp), idx[:, 7:])
+
+
+def test_sampling_repeats_by_seed_and_continues_from_a_state():
+    lm, idx = tiny(), torch.randint(70, (2, 7))
+
+    def draw(seed):
+        return generate(lm, idx, 20, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    tokens, states = zip(*lm.generate(idx, 10, temperature=0))
+    assert [int(state["tokens"]) for state in states] == list(range(7, 17))
+    assert torch.equal(generate(lm, tokens[3][:, None], 6, temperature=0, state=states[3]), torch.stack(tokens[4:], 1))
+
+
+@pytest.mark.parametrize("options, p", [
+    (dict(), [0.5, 0.3, 0.15, 0.05]), (dict(temperature=0.5), [0.685, 0.247, 0.062, 0.007]),
+    (dict(top_k=2), [0.625, 0.375, 0, 0]), (dict(top_k=9), [0.5, 0.3, 0.15, 0.05]), (dict(top_p=0.45), [1, 0, 0, 0]),
+    (dict(top_p=0.55), [0.625, 0.375, 0, 0]), (dict(top_p=0.85), [0.526, 0.316, 0.158, 0])], ids=str)
+def test_tokens_are_drawn_as_often_as_the_options_say(options, p):
+    order = torch.tensor([2, 0, 3, 1])                                           # token order[i] has probability p[i]
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[order.argsort()].expand(20000, 4)
+    share, p = choose(logits, **options).bincount(minlength=4)[order] / 20000, torch.tensor(p, dtype=torch.float)
+    assert torch.allclose(share, p, rtol=0, atol=0.02) and (share[p == 0] == 0).all()
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "window"])
+def test_a_state_does_not_grow_over_300_tokens_unless_it_is_softmax(preset):
+    lm, sizes = tiny(**PRESETS.get(preset, dict(mixers=preset))), []
+    for _, state in lm.generate(torch.zeros(1, 40, dtype=torch.long), 300):
+        parts = [x for x in tree_leaves(state) if x is not None]
+        sizes.append(sum(x.untyped_storage().nbytes() for x in parts))           # what a view keeps alive counts too
+    assert sizes[-1] == sum(x.numel() * x.element_size() for x in parts)
+    assert (sizes[0] == sizes[-1]) == (preset != "softmax")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration and initial weights
+
+
+@pytest.mark.parametrize("word, options", [
+    *((name, {name: 0}) for name in ("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window")),
+    *((name, {name: -0.1}) for name in ("dropout", "mlp_ratio")), ("dropout", dict(dropout=1.0)),
+    ("multiple of n_heads=3", dict(n_heads=3)),
+    ("liner", dict(mixers="linear liner")), ("mixers", dict(mixers="")), ("mixers", dict(mixers=[])),
+    ("exp", dict(feature_map="exp")), ("expand_v", dict(expand_v=0.0)), ("feature_dim", dict(feature_dim=-1)),
+    ("even", dict(feature_dim=5)), ("even", dict(n_heads=16, mixers="window")),
+    ("even", dict(n_heads=16, mixers="softmax")),
+    ("normaliser", dict(feature_map="identity")), ("normaliser", dict(feature_map="silu_l2")),
+    ("normaliser", dict(feature_map="silu_l2", delta=True)), ("delta", dict(delta=True)),
+    ("silu_l2", dict(delta=True, normaliser="rms")), ("causal", dict(causal=False, mixers="window")),
+    ("causal", dict(causal=False, mixers="linear conv")), ("causal", dict(causal=False, short_conv=True)),
+    ("causal", dict(causal=False, decay="fixed")), ("causal", dict(causal=False, decay="gated")),
+    ("causal", dict(causal=False, delta=True, feature_map="silu_l2", normaliser="rms")),
+    *(pytest.param(name, {name: "nonsense"}, marks=pytest.mark.xfail(strict=True, reason="choices are not checked"))
+      for name in ("pos", "decay", "normaliser", "norm", "mlp")),
+    pytest.param("relu", dict(feature_map="relu", pos="rope"), marks=pytest.mark.xfail(
+        strict=True, reason="a sum of relu weights can be zero where the rotated numerator is not"))], ids=str)
+def test_an_illegal_configuration_is_refused_with_one_sentence(word, options):
+    with pytest.raises(ValueError, match=word) as refusal:
+        ModelConfig(**{**TINY, **options})
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
+
+
+def test_the_base_model_has_the_parameters_of_the_paper_card():
+    with torch.device("meta"):
+        lm, untied = LM(ModelConfig()), LM(ModelConfig(tied=False))
+    assert 44.6e6 < sum(p.numel() for p in lm.parameters()) < 44.7e6
+    assert lm.unembed.weight is lm.embed.weight and lm.embed.weight.shape == (50304, 512)
+    assert untied.unembed.weight is not untied.embed.weight
+
+
+def test_initial_weights_have_the_scale_of_gpt2():
+    lm = LM(ModelConfig(vocab_size=256, dim=128, depth=8, n_heads=4, **{**PRESETS["gated_deltanet"], "tied": False}))
+    for name, p in lm.named_parameters():
+        if p.dim() == 2 and "conv" not in name:
+            assert 0.9 < p.std() / (0.02 / 4 if name.endswith(".out.weight") else 0.02) < 1.1, name
+    for block in lm.blocks:                                                      # [8]: A in 1..16, steps in 0.001..0.1
+        A, step = block.mixer.log_A.exp(), F.softplus(block.mixer.decay_bias)
+        assert (A >= 1).all() and (A <= 16).all() and (step > 0.00099).all() and (step < 0.101).all()
+
+
+def test_dropout_acts_in_training_only():
+    lm, idx = tiny(dropout=0.5), torch.randint(70, (1, 20))
+    assert torch.equal(lm(idx)[0], lm(idx)[0])
+    lm.train()
+    assert not torch.equal(lm(idx)[0], lm(idx)[0])

@@ -1,0 +1,546 @@
+"""prepare.py: what goes in comes out, once, whole, or one line says why not."""
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import prepare
+from configurator import UserError
+
+PROGRAM = Path(prepare.__file__)
+BYTES = prepare.load_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return prepare.load_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(f"no gpt2 vocabulary here: {error}")
+
+
+def start(folder, *flags, **options):
+    command = [sys.executable, str(PROGRAM), "--tokenizer=bytes", *flags]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(folder, *flags, **options):
+    """The summary of a run that must succeed in silence."""
+    process = start(folder, *flags, **options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err == "", err
+    return out
+
+
+def refusal(folder, *flags, **options):
+    """The one line of a run that must end with exit code 2."""
+    process = start(folder, *flags, **options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "", (process.returncode, out, err)
+    assert err.startswith("prepare.py: ") and err.count("\n") == 1, err
+    return err
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def texts_of(folder, split):
+    """The documents of a split, decoded again."""
+    manifest = prepare.read_manifest(folder)
+    tokenizer = prepare.load_tokenizer(manifest["tokenizer"])
+    texts = []
+    for ids in prepare.open_split(folder, manifest, split):
+        assert ids[-1] == tokenizer.eot and not ids.flags.writeable
+        ends = np.flatnonzero(ids == tokenizer.eot)
+        for begin, end in zip([0, *ends + 1], ends):
+            texts.append(tokenizer.decode_bytes(ids[begin:end]).decode())
+    return texts
+
+
+def write_jsonl(path, texts):
+    data = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def write_c4(folder, shards=3, documents=50):
+    """Local files named as C4's; returns their flag."""
+    rng = random.Random(1)
+    for name in [*(f"c4-train.{i:05d}-of-{shards:05d}" for i in range(shards)), "c4-validation.00000-of-00001"]:
+        words = ["cat", "déjà", "<|endoftext|>", "\n", "🙂"]
+        texts = [" ".join(rng.choices(words, k=50)) for _ in range(documents)]
+        write_jsonl(folder / f"{name}.json.gz", texts)
+    return "--data_files=c4-*.json.gz"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers.
+
+LONE = "\ud83d lone \udc00\ud83d\ude42"
+HARD_TEXTS = ["", "naïve 🙂 Ünï", "a<|endoftext|>b", "NUL \0 inside", " \n\t  x\r\n", LONE, "a" * 1000, " " * 1000]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_encoding_then_decoding_gives_the_text_back(name, request):
+    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else BYTES
+    for text in HARD_TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes([*ids, tokenizer.eot]).decode() == prepare.clean(text)[0]
+        assert all(0 <= i < tokenizer.eot for i in ids), "text made an end-of-text"
+    assert prepare.clean(LONE)[0] == "\ufffd lone \ufffd🙂"
+
+
+def test_gpt2_ids_are_those_of_tiktoken(gpt2):
+    import tiktoken
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.dtype) == (50257, 50256, np.dtype("<u2"))
+    for text in HARD_TEXTS:
+        assert list(gpt2.encode(text)) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+def test_a_megabyte_of_one_letter_is_encoded_in_seconds(gpt2):
+    begin = time.monotonic()
+    assert len(gpt2.encode("a" * 1_000_000)) == 250_000 and len(BYTES.encode("a" * 1_000_000)) == 1_000_000
+    assert time.monotonic() - begin < 10
+
+
+def test_a_vocabulary_beyond_65536_takes_four_bytes_per_id():
+    sizes = {n: prepare.Tokenizer("x", n, n - 1, "", None, None).dtype for n in (65536, 65537)}
+    assert sizes == {65536: np.dtype("<u2"), 65537: np.dtype("<u4")}
+
+
+def test_tokenizer_hashes_are_pinned(gpt2):
+    assert (BYTES.vocab_size, BYTES.eot) == (257, 256)
+    assert gpt2.hash.startswith("a5623714bcf1") and BYTES.hash != gpt2.hash
+
+
+def test_gpt2_without_network_names_the_ways_out(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    no_network = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9",
+                  "https_proxy": "http://127.0.0.1:9"}
+    error = refusal(tmp_path, "--dataset=x", "--data_files=a.txt", "--tokenizer=gpt2", env=no_network)
+    assert "TIKTOKEN_CACHE_DIR" in error and "--tokenizer=bytes" in error and not (tmp_path / "data").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: properties.
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A folder for hypothesis, which wants fixtures that last."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+def read(path, data):
+    """(texts, number of bad records) of a file with these bytes."""
+    path.write_bytes(data)
+    tally = prepare.Tally(10**9)
+    return [text for text, _, _ in prepare.read(str(path), 0, len(data), tally)], tally.counts["bad"]
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5)
+
+
+LINE = (st.binary(max_size=40) | st.just(b"[" * 100_000) | st.builds(lambda value: json.dumps(value).encode(), JSON)
+        | st.builds(lambda value: json.dumps({"text": value}).encode(), JSON))
+
+
+@given(st.lists(LINE))
+def test_every_line_is_a_text_or_is_counted(scratch, lines):
+    data = b"\n".join(lines)
+    texts, bad = read(scratch / "lines.jsonl", data)
+    assert all(isinstance(text, str) for text in texts)
+    assert len(texts) + bad == sum(bool(line.strip()) for line in data.split(b"\n"))
+
+
+@given(st.lists(st.text(st.characters())))
+def test_json_lines_keep_every_text(scratch, texts):
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    assert read(scratch / "texts.jsonl", data) == (texts, 0)
+
+
+@given(st.binary(max_size=200), st.integers(0, 200), st.integers(0, 255), st.integers(0, 400))
+def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, value, size):
+    packed = bytearray(gzip.compress(json.dumps({"text": data.hex()}).encode() + b"\n"))
+    packed[position % len(packed)] = value
+    texts, bad = read(scratch / "damaged.json.gz", packed[:size])
+    assert texts == [data.hex()] or bad or size == 0
+
+
+TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8"))
+
+
+@given(TEXT, st.integers(1, 9))
+@settings(max_examples=500)
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size):
+    path = scratch / "text.txt"
+    path.write_bytes(text.encode())
+    pieces = list(prepare.read_text(path, 0, len(text.encode()), size))
+    assert "".join(piece for piece, _, _ in pieces) == text.removeprefix("\ufeff")
+    assert [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [i for piece, _, _ in pieces for i in gpt2.encode(piece)] == list(gpt2.encode(text.removeprefix("\ufeff")))
+
+
+@given(st.text(min_size=1), st.floats(0.01, 0.99))
+def test_a_tail_is_cut_between_two_characters(scratch, text, fraction):
+    path = scratch / "tail.txt"
+    path.write_bytes(text.encode("utf-8", "replace"))
+    (_, _, begin, cut), (_, _, again, end) = prepare.split_tail(path, fraction)
+    data = path.read_bytes()
+    assert (begin, again, end) == (0, cut, len(data)) and data[:cut].decode() + data[cut:].decode() == data.decode()
+
+
+def test_big_text_is_read_in_pieces(tmp_path):
+    (tmp_path / "big.txt").write_bytes(b"some words\n" * 400_000)
+    sizes = [len(piece) for piece, _, _ in prepare.read_text(tmp_path / "big.txt", 0, 4_400_000)]
+    assert sum(sizes) == 4_400_000 and max(sizes) < 1.1 * prepare.PIECE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs.
+
+def test_local_c4_gives_one_bin_per_file_and_every_document(tmp_path):
+    flag = write_c4(tmp_path)
+    out = run(tmp_path, flag)
+    manifest = prepare.read_manifest(tmp_path / "data/c4")
+    assert [*manifest["files"]] == ["train-00000.bin", "train-00001.bin", "train-00002.bin", "val-00003.bin"]
+    for split, names in (("train", "c4-train*"), ("val", "c4-val*")):
+        lines = [line for path in sorted(tmp_path.glob(names)) for line in gzip.open(path)]
+        assert texts_of(tmp_path / "data/c4", split) == [json.loads(line)["text"] for line in lines]
+    for name, entry in manifest["files"].items():
+        data = (tmp_path / "data/c4" / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["tokens"] * 2 == len(data)
+        assert entry["bytes"] + entry["documents"] == entry["tokens"]
+        assert entry["source"].startswith("c4-") and str(tmp_path) not in json.dumps(manifest)
+    assert "next: python train.py" in out and "--dataset=c4" in out
+
+
+def test_every_kind_of_file_gives_the_same_texts(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    texts = [f"document {i} \ufffd é\n" for i in range(200)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    write_jsonl(tmp_path / "a.jsonl.gz", texts)
+    write_jsonl(tmp_path / "a.json.gz", texts)
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(200), "text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"txt/{i:03d}.txt").write_text(text)
+    splits = []
+    for i, files in enumerate(["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "txt/*.txt"]):
+        run(tmp_path, f"--dataset=d{i}", f"--data_files={files}")
+        splits.append([texts_of(tmp_path / f"data/d{i}", split) for split in ("train", "val")])
+    assert all(split == splits[0] for split in splits) and sorted(sum(splits[0], [])) == sorted(texts)
+    assert 1 <= len(splits[0][1]) <= 40
+
+
+def test_the_tail_of_a_single_text_is_validation(tmp_path):
+    text = "Ünï " * 1000
+    (tmp_path / "book with spaces.txt").write_text(text)
+    run(tmp_path, "--dataset=book", "--data_files=book with spaces.txt", "--val_fraction=0.1")
+    (train,), (val,) = texts_of(tmp_path / "data/book", "train"), texts_of(tmp_path / "data/book", "val")
+    assert train + val == text and 0.09 < len(val) / len(text) < 0.11
+
+
+def test_stdlib_is_the_same_twice_and_is_source_without_tests(tmp_path):
+    for name, seed in (("one", "1"), ("two", "2")):
+        run(tmp_path, "--dataset=stdlib", f"--data_dir={name}", env={**os.environ, "PYTHONHASHSEED": seed})
+    assert contents(tmp_path / "one/stdlib") == contents(tmp_path / "two/stdlib")
+    manifest = prepare.read_manifest(tmp_path / "one/stdlib")
+    train, val = (sum(map(len, prepare.open_split(tmp_path / "one/stdlib", manifest, s))) for s in ("train", "val"))
+    assert 8e6 < train + val < 16e6 and 0.01 < val / (train + val) < 0.15
+    texts = texts_of(tmp_path / "one/stdlib", "train") + texts_of(tmp_path / "one/stdlib", "val")
+    tests = Path(json.__file__).parent.parent / "test"
+    assert Path(json.__file__).read_text() in texts
+    assert not {path.read_text(errors="replace") for path in tests.glob("*.py") if path.stat().st_size} & {*texts}
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path):
+    lines = ['{"text": "good 1"}', "no json", '{"txt": 1}', '{"text": 5}', "", '{"text": ""}',
+             '{"text": "a\\ud800b\\u0000"}']
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    write_jsonl(tmp_path / "val.jsonl.gz", ["v1", "v2"])
+    packed = (tmp_path / "val.jsonl.gz").read_bytes()
+    (tmp_path / "val.jsonl.gz").write_bytes(packed[:-6])  # the end of the checksum is missing
+    out = run(tmp_path, "--dataset=d", "--data_files=*.jsonl train.jsonl, *.gz")
+    entry = prepare.read_manifest(tmp_path / "data/d")["files"]["train-00000.bin"]
+    assert (entry["bad"], entry["empty"], entry["repaired"], entry["documents"]) == (3, 1, 1, 2)
+    assert entry["examples"] == ["train.jsonl:2: not JSON", "train.jsonl:3: no field text",
+                                 "train.jsonl:4: text is not a string"]
+    assert texts_of(tmp_path / "data/d", "train") == ["good 1", "a\ufffdb\0"]
+    assert "4 unreadable records" in out and "train.jsonl:2: not JSON" in out and "val.jsonl.gz:3: the gzip" in out
+    error = refusal(tmp_path, "--dataset=strict", "--data_files=*.jsonl *.gz", "--max_bad=2")
+    assert "train.jsonl:4: text is not a string" in error and not list((tmp_path / "data/strict").glob("train*"))
+    (tmp_path / "train.jsonl").write_text('{"text": "good 1"}')
+    run(tmp_path, "--dataset=mended", "--data_files=*.jsonl *.gz")
+    error = refusal(tmp_path, "--dataset=mended", "--data_files=*.jsonl *.gz", "--max_bad=0")  # once skipped, now fatal
+    assert "val.jsonl.gz:3: the gzip" in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset=nonesuch"], "--data_files"),
+    (["--dataset=../x", "--data_files=*.txt"], "plain name"),
+    (["--dataset=x", "--data_files=*.nothing"], "no file matches '*.nothing'"),
+    (["--dataset=x", "--data_files=a.txt b.pdf"], "b.pdf: cannot read this kind"),
+    (["--dataset=x", "--data_files=empty.txt"], "no train documents"),
+    (["--dataset=x", "--data_files=one.jsonl"], "no "),
+    (["--dataset=x", "--data_files=val.txt"], "none is left to train on"),
+    (["--dataset=x", "--data_files=text.parquet"], "text.parquet"),
+    (["--dataset=x", "--data_files=noise.jsonl.gz"], "gzip"),
+    (["--dataset=x", "--data_files=a.txt", "--data_dir=a.txt"], "--data_dir"),
+    (["--dataset=x", "--data_files=a.txt", "--val_fraction=1"], "val_fraction"),
+    (["--dataset=x", "--verify"], "python prepare.py --dataset=x"),
+    *((["--shards=" + shards], "--shards") for shards in ("0", "-1", "2:1", "0:1025", "1:2:3", "x", "", "²"))])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, words):
+    for name, data in (("a.txt", b"text"), ("b.pdf", b"x"), ("empty.txt", b""), ("one.jsonl", b'{"text": "alone"}'),
+                       ("val.txt", b"x"), ("text.parquet", b"PAR1 not really"), ("noise.jsonl.gz", b"not gzip")):
+        (tmp_path / name).write_bytes(data)
+    before = contents(tmp_path)
+    assert words in refusal(tmp_path, *flags)
+    assert not list(tmp_path.glob("data/*"))
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    assert contents(tmp_path) == before
+
+
+def test_c4_without_network_is_one_line_soon(tmp_path):
+    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    begin = time.monotonic()
+    assert "--data_files=" in refusal(tmp_path, env=offline) and time.monotonic() - begin < 20
+    assert not (tmp_path / "data").exists()
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
+    with pytest.raises(UserError, match="free"):
+        prepare.main(["--dataset=x", "--data_files=a.txt", "--tokenizer=bytes"])
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"word " * 1_000_000)
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # noqa: E731
+    error = refusal(tmp_path, "--dataset=x", "--data_files=a.txt", preexec_fn=small)
+    assert "cannot write" in error and "File too large" in error and not list(tmp_path.glob("data/*"))
+    run(tmp_path, "--dataset=x", "--data_files=a.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills, restarts, rot.
+
+def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_path):
+    flag = write_c4(tmp_path, shards=6, documents=1500)
+    begin = time.monotonic()
+    run(tmp_path, flag, "--data_dir=whole", "--processes=2")
+    duration = time.monotonic() - begin
+    kills, stages = 0, set()
+    while kills < 20:
+        process = start(tmp_path, flag, "--data_dir=killed", "--processes=2")
+        try:
+            process.communicate(timeout=random.uniform(0.1, duration))
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "killed")  # it has finished before a kill: once more from the start
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        for path in tmp_path.glob("killed/c4/*.bin"):
+            assert path.read_bytes() == (tmp_path / "whole/c4" / path.name).read_bytes(), "half-written"
+        stages.add((len(list(tmp_path.glob("killed/c4/*.json"))), len(list(tmp_path.glob("killed/c4/*.tmp")))))
+    assert len(stages) > 2, "the kills hit no interesting moment"
+    run(tmp_path, flag, "--data_dir=killed", "--processes=2")
+    assert contents(tmp_path / "killed/c4") == contents(tmp_path / "whole/c4")
+    assert not list(tmp_path.glob("*/c4/*.tmp"))
+
+
+def test_a_killed_run_leaves_no_process_that_writes_on(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["word " * 2000] * 20_000)
+    process = start(tmp_path, "--dataset=x", "--data_files=a.jsonl", "--processes=1")
+    while not list(tmp_path.glob("data/x/*.tmp")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()  # returns when the last process that holds the pipe has ended
+    sizes = [path.stat().st_size for path in tmp_path.glob("data/x/*")]
+    time.sleep(0.5)
+    assert sizes == [path.stat().st_size for path in tmp_path.glob("data/x/*")]
+    assert not list(tmp_path.glob("data/x/*.json"))
+
+
+def test_a_restart_skips_what_is_whole_and_mends_what_is_not(tmp_path):
+    flag, folder = write_c4(tmp_path), tmp_path / "data/c4"
+    run(tmp_path, flag)
+    before, untouched = contents(folder), (folder / "train-00001.bin").stat().st_ino
+    (folder / "train-00000.bin").write_bytes(before["train-00000.bin"][:-1])
+    flip(folder / "train-00002.bin", 100)
+    flip(folder / "val-00003.json", 50)
+    (folder / "manifest.json").unlink()
+    (folder / "train-00009.bin.tmp").write_bytes(b"left by a kill")
+    run(tmp_path, flag)
+    assert contents(folder) == before and (folder / "train-00001.bin").stat().st_ino == untouched
+
+
+def test_other_options_in_the_same_folder_are_refused_with_the_difference(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(100)])
+    ask = ["--dataset=d", "--data_files=a.jsonl b.jsonl"]
+    run(tmp_path, *ask)
+    before = contents(tmp_path / "data/d")
+    assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
+    assert "also holds b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
+    assert "from a.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": "grown"}\n')
+    assert "from a.jsonl" in refusal(tmp_path, *ask)
+    (tmp_path / "data/d/manifest.json").unlink()  # an unfinished dataset is protected as well
+    assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
+    del before["manifest.json"]
+    assert contents(tmp_path / "data/d") == before
+
+
+def test_two_tokenizers_are_never_mixed(tmp_path, gpt2):
+    flag = write_c4(tmp_path)
+    run(tmp_path, flag)
+    assert "tokenizer bytes, not gpt2" in refusal(tmp_path, flag, "--tokenizer=gpt2")
+    run(tmp_path, flag, "--tokenizer=gpt2", "--data_dir=other")
+    shutil.copy(tmp_path / "other/c4/train-00001.json", tmp_path / "data/c4")
+    assert "train-00001.json has tokenizer" in refusal(tmp_path, "--verify")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    with prepare.locked(tmp_path / "data/x"):
+        assert "another prepare.py" in refusal(tmp_path, "--dataset=x", "--data_files=a.txt")
+    run(tmp_path, "--dataset=x", "--data_files=a.txt")
+
+
+def flip(path, position, bit=1):
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= bit
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
+    flag = write_c4(tmp_path, shards=1, documents=3)
+    run(tmp_path, flag)
+    path = tmp_path / "data/c4/manifest.json"
+    for position in range(path.stat().st_size):
+        flip(path, position, 1 << position % 8)
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            prepare.read_manifest(path.parent)
+        flip(path, position, 1 << position % 8)
+    prepare.read_manifest(path.parent)
+
+
+def test_verify_names_what_has_rotted(tmp_path):
+    flag, folder = write_c4(tmp_path), tmp_path / "data/c4"
+    run(tmp_path, flag)
+    assert "all verified" in run(tmp_path, "--verify")
+    before = contents(folder)
+    for name in before:
+        flip(folder / name, random.randrange(10**6), 1 << random.randrange(8))
+        assert name in refusal(tmp_path, "--verify")
+        (folder / name).unlink()
+        assert name == "manifest.json" or name.split(".")[0] in refusal(tmp_path, "--verify")
+        (folder / name).write_bytes(before[name])
+    assert contents(folder) == before
+
+
+def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):
+    flag, folder = write_c4(tmp_path, shards=1), tmp_path / "data/c4"
+    with pytest.raises(UserError, match="no finished dataset .* python prepare.py --dataset=c4"):
+        prepare.read_manifest(folder)
+    run(tmp_path, flag)
+    before = contents(folder)
+    for change, words in ((lambda path: path.unlink(), "missing"), (lambda path: path.write_bytes(b"12"), "2 bytes"),
+                          (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes instead of")):
+        change(folder / "train-00000.bin")
+        with pytest.raises(UserError, match=words):
+            prepare.read_manifest(folder)
+        (folder / "train-00000.bin").write_bytes(before["train-00000.bin"])
+    for text in (b"", b"{}", b"[]", b"null", b"{", b"\xff", before["manifest.json"][:-9], b"[" * 100_000):
+        (folder / "manifest.json").write_bytes(text)
+        with pytest.raises(UserError, match="damaged"):
+            prepare.read_manifest(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C4 from the hub, played by a server on this machine.
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Serves shards of a small C4 under the hub's own API; yields the environment that leads there."""
+    import http.server
+    import threading
+    files = {}
+    for i in range(4):
+        files[f"en/c4-train.{i:05d}-of-01024.json.gz"] = [f"train {i} {j}" for j in range(20)]
+    for i in range(8):
+        files[f"en/c4-validation.{i:05d}-of-00008.json.gz"] = [f"val {i} {j}" for j in range(5)]
+    for name, texts in files.items():
+        files[name] = gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts), mtime=0)
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self, data, status=200, **headers):
+            self.send_response(status)
+            for key, value in {"Content-Length": len(data), **headers}.items():
+                self.send_header(key.replace("_", "-"), str(value))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def list(self, wanted):
+            infos = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                     for name, data in files.items() if wanted(name)]
+            self.answer(json.dumps(infos).encode(), Content_Type="application/json")
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            self.list(lambda name: name in body or name.replace("/", "%2F") in body)
+
+        def do_GET(self):
+            if "/tree/" in self.path:
+                return self.list(lambda name: True)
+            if "/resolve/" not in self.path:
+                info = {"id": "allenai/c4", "sha": "0" * 40, "siblings": []}
+                return self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            data = files[self.path.split("/resolve/")[1].split("/", 1)[1]]
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            self.answer(data[int(first):int(last) + 1], 206)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+           "HF_HUB_DISABLE_TELEMETRY": "1"}
+    server.shutdown()
+
+
+def test_machines_share_the_shards_of_c4_and_verify_joins_them(tmp_path, hub):
+    run(tmp_path, "--shards=0:2", "--data_dir=one", env=hub)
+    run(tmp_path, "--shards=2:4", "--data_dir=two", env=hub)
+    run(tmp_path, "--shards=4", "--data_dir=all", env=hub)
+    assert texts_of(tmp_path / "one/c4", "train") == [f"train {i} {j}" for i in range(2) for j in range(20)]
+    for path in (tmp_path / "two/c4").iterdir():
+        shutil.copy(path, tmp_path / "one/c4")
+    run(tmp_path, "--verify", "--data_dir=one")
+    assert contents(tmp_path / "one/c4") == contents(tmp_path / "all/c4")
+
+
+def test_a_finished_c4_needs_no_network_and_takes_more_shards(tmp_path, hub):
+    run(tmp_path, env=hub)
+    run(tmp_path, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    run(tmp_path, "--shards=3", env=hub)
+    run(tmp_path, "--shards=1:2", env=hub)  # what other runs have made stays
+    assert len(texts_of(tmp_path / "data/c4", "train")) == 60 and len(texts_of(tmp_path / "data/c4", "val")) == 40

@@ -1,0 +1,567 @@
+"""Trains a language model on the tokens that prepare.py wrote, on a CPU, a CUDA GPU or a Mac.
+
+    python train.py config/tiny.py                    the demo: a small model on Python's own source
+    python train.py config/base.py --lr=3e-4          any key of --help can be set in the file or by a flag
+    python train.py config/base.py                    the same command again continues a run that was stopped
+    python train.py config/base.py --eval_only        the validation loss of out_dir's checkpoint
+
+Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
+JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
+data state, and grad_accum only splits it.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configurator import UserError, command, configure
+from model import LM, ModelConfig
+from prepare import open_split, read_manifest
+
+
+@dataclass
+class TrainConfig:
+    dataset: str = "c4"              # a folder of data_dir, written by prepare.py --dataset=...
+    data_dir: str = "data"           # where the datasets are
+    out_dir: str = "out/base"        # where the run is kept
+    batch_size: int = 64             # sequences in an optimiser step, over everything
+    grad_accum: int = 4              # pieces a batch is cut into, to save memory; the result is the same
+    max_steps: int = 20000           # optimiser steps
+    lr: float = 2e-4                 # peak learning rate
+    warmup_steps: int = 200          # steps of linear warmup
+    decay_frac: float = 1.0          # last part of the run in which lr falls linearly to zero; 1 is all after warmup
+    weight_decay: float = 0.1        # AdamW, on matrices only
+    beta1: float = 0.9               # AdamW
+    beta2: float = 0.95              # AdamW
+    grad_clip: float = 1.0           # largest norm of the gradient; 0 leaves it as it is
+    seed: int = 1337                 # of the initial weights, the order of the data, and dropout
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
+    device: str = "auto"             # cpu, cuda, cuda:1, mps; auto takes the best there is
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
+    log_interval: int = 10           # steps between log lines
+    eval_interval: int = 500         # steps between evaluations
+    eval_tokens: int = 2**17         # tokens of validation text in an evaluation, always the same ones
+    save_interval: int = 500         # steps between checkpoints; one is also saved before each evaluation
+    keep_last: int = 1               # checkpoints to keep: ckpt.pt, and ckpt-STEP.pt for those before it
+    max_skips: int = 20              # steps in a row with a non-finite loss or gradient before the run stops
+    skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; they are logged anyway
+    resume: bool | Literal["auto", "changed"] = "auto"  # auto continues a run of the same config; True: there must be one; False: start over; changed: continue with other settings
+    eval_only: bool = False          # evaluate the checkpoint in out_dir and stop
+
+    def __post_init__(self):
+        for key in ("batch_size", "grad_accum", "log_interval", "eval_interval", "eval_tokens", "save_interval",
+                    "keep_last", "max_skips"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("max_steps", "warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        for key in ("decay_frac", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be in 0..1, got {getattr(self, key)}")
+        if self.batch_size % self.grad_accum:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of grad_accum={self.grad_accum}")
+
+
+# Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
+FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last", "resume",
+        "eval_only"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def pick_device(name):
+    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): try --device=cpu") from None
+
+
+def bf16_speedup(device):
+    """How many times faster a bf16 matrix product is than an fp32 one. On a CPU without bf16 units: far below 1."""
+    def seconds(dtype, size=768):
+        a = torch.randn(size, size, device=device).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            times.append(time.perf_counter() - start)
+            if times[-1] > 0.5:                                                   # a CPU that emulates bf16
+                break
+        return min(times)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def pick_precision(precision, device):
+    """"fp32" or "bf16". A CPU is probed: bf16 is several times faster with AMX or AVX512-BF16, and a trap without."""
+    if device.type == "cuda":
+        return precision if precision != "auto" else "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp32" or (precision == "auto" and device.type != "cpu"):
+        return "fp32"
+    speedup = bf16_speedup(device)
+    if precision == "bf16" and speedup < 1:
+        say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; --precision=fp32 is faster")
+    return "bf16" if precision == "bf16" or speedup > 1.5 else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_blocks(model, wanted, device):
+    """Compiles each block (one compilation serves equal ones) and the loss, in place, or says in one line why not."""
+    if wanted is False or wanted == "auto" and device.type != "cuda":
+        return
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no C compiler, no Triton, an unsupported Python: all different, all harmless
+        say(f"not compiled, which is slower but the same: {str(error).strip().splitlines()[0]}")
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.softmax_loss = torch.compile(model.softmax_loss, dynamic=False)
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took on a GPU, the most that this process took on a CPU (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def say(line):
+    tqdm.write(line, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Windows:
+    """The token files cut into windows of seq_len + 1 tokens, in an order that is a function of (seed, number) alone.
+
+    An epoch visits every window once. Its order is i -> (a i + b) mod M with a near 0.618 M: a permutation that takes
+    no memory however large the data, and spreads any run of windows, so any batch, evenly over the data. Each epoch
+    starts elsewhere (b), and cuts each file at another offset.
+    """
+
+    def __init__(self, files, seq_len, seed):
+        self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
+        if not self.files:
+            raise UserError(f"the longest file of the dataset has {max(map(len, files), default=0)} tokens, too short "
+                            f"for one sequence: prepare more text, or take --seq_len below that")
+        self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
+        self.ends = np.cumsum(self.counts)
+        self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
+
+    @lru_cache(maxsize=2)
+    def epoch(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        stride = next(a for a in range(max(1, round(0.618 * self.total)), 2 * self.total + 1) if math.gcd(a, self.total) == 1)
+        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len))) for f, n in zip(self.files, self.counts)]
+        return stride, int(rng.integers(self.total)), offsets
+
+    def __getitem__(self, number):
+        epoch, i = divmod(number, self.total)
+        stride, first, offsets = self.epoch(epoch)
+        window = (stride * i + first) % self.total
+        file = int(np.searchsorted(self.ends, window, side="right"))
+        start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
+        tokens = self.files[file]
+        if os.path.getsize(tokens.filename) != tokens.nbytes:                     # reading past its end would be a SIGBUS
+            raise UserError(f"{tokens.filename} changed while it was being read: restore it, then resume")
+        return tokens[start:start + self.seq_len + 1]
+
+    def batch(self, numbers, vocab_size, device):
+        """(inputs, targets), both (len(numbers), seq_len) int64 on the device."""
+        tokens = np.stack([self[n] for n in numbers]).astype(np.int64)
+        if tokens.max() >= vocab_size:
+            raise UserError(f"token {tokens.max()} in the data is not below vocab_size={vocab_size}: "
+                            "the files do not fit their manifest; run prepare.py again")
+        tokens = torch.from_numpy(tokens)
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = tokens.to(device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def fingerprint(manifest):
+    """What must stay the same for a run to go on with this data."""
+    files = {name: file["sha256"] for name, file in sorted(manifest["files"].items())}
+    return {key: manifest[key] for key in ("tokenizer", "tokenizer_hash", "vocab_size")} | {
+        "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation and evaluation
+
+
+def make_optimizer(model, config):
+    """AdamW; decay on matrices only: a norm's scale or a gate's bias has no reason to be near zero."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def lr_at(step, config):
+    """The learning rate of step 0, 1, ...: linear warmup, flat, then linear to zero at max_steps."""
+    warmup = (step + 1) / (config.warmup_steps + 1)
+    decay = (config.max_steps - step) / max(1, config.decay_frac * (config.max_steps - config.warmup_steps))
+    return config.lr * max(0.0, min(1.0, warmup, decay))
+
+
+class Spikes:
+    """Watches the loss: is it 6 standard deviations above the last 128?"""
+
+    def __init__(self, recent=()):
+        self.recent = deque(recent, maxlen=128)
+
+    def __call__(self, loss):
+        mean, sigma = (np.mean(self.recent), np.std(self.recent)) if len(self.recent) == 128 else (0, math.inf)
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        return bool(loss > mean + 6 * sigma)
+
+
+def train_step(model, optimizer, windows, step, config, device, spikes):
+    """One optimiser step, or none where the loss or the gradient is not finite.
+
+    Returns: the loss, the norm of its gradient before clipping, whether the loss is a spike, whether it was skipped.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, config)
+    numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
+    size, loss = config.batch_size // config.grad_accum, 0.0
+    for i in range(0, config.batch_size, size):
+        x, y = windows.batch(numbers[i:i + size], model.config.vocab_size, device)
+        with autocast(device, config.precision):
+            part = model(x, y)[0] / config.grad_accum                             # the mean over the whole batch
+        part.backward()
+        loss += part.detach()
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    loss = float(loss)
+    spike = spikes(loss)
+    skip = not math.isfinite(loss) or not math.isfinite(grad_norm) or spike and config.skip_spikes
+    if not skip:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, spike, skip
+
+
+@torch.no_grad()
+def evaluate(model, files, manifest, config, device):
+    """val_loss (nats per token), ppl and bits_per_byte, over evenly spaced windows of the validation files."""
+    model.eval()
+    windows, T = Windows(files, model.config.seq_len, seed=0), model.config.seq_len
+    count = min(windows.total, -(-config.eval_tokens // T))
+    size, total = max(1, min(config.batch_size // config.grad_accum, count)), 0.0
+    for i in tqdm(range(0, count, size), desc="evaluating", leave=False, disable=None):
+        numbers = range(i, min(i + size, count))
+        x, y = windows.batch(numbers, model.config.vocab_size, device)
+        with autocast(device, config.precision):
+            total += float(model(x, y)[0]) * len(numbers)
+    model.train()
+    loss = total / count
+    tokens, text = (sum(f[key] for f in manifest["files"].values() if f["split"] == "val") for key in ("tokens", "bytes"))
+    return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the log
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary name for path; when the block is done, syncs and renames it, so path is always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                                      # torch.save: RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that save_checkpoint wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    try:
+        with zipfile.ZipFile(path) as archive:                                    # torch.load does not look at checksums
+            if bad := archive.testzip():
+                raise UserError(f"checksum of {bad} does not match")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = {"model", "model_config", "optimizer", "step", "config", "rng", "data"} - set(checkpoint)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
+    except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_model(checkpoint, device, model_config=None):
+    model = LM(model_config or ModelConfig(**checkpoint["model_config"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint holds a model of another shape: {' '.join(str(error).split())[:200]}") from None
+    return model.to(device)
+
+
+def same_tokenizer(path, checkpoint, manifest):
+    if checkpoint["data"]["tokenizer_hash"] != manifest["tokenizer_hash"]:
+        raise UserError(f"{path} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
+                        f"{manifest['tokenizer']} tokens: take --dataset of the same tokenizer")
+
+
+def refuse_changes(path, checkpoint, config, model_config, data):
+    """UserError that names what differs between a checkpoint and the run that wants to continue it."""
+    then = checkpoint["config"] | checkpoint["model_config"] | checkpoint["data"]
+    now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
+    changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in now if key not in FREE and then.get(key) != now[key]]
+    if changed:
+        raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of then, "
+                        "--resume=changed to go on with the new ones, or --resume=false to start over")
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after that step."""
+
+    def __init__(self, path, step):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        keep = [line for line in lines if self.is_before(line, step)]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in keep))
+
+    @staticmethod
+    def is_before(line, step):
+        """Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again."""
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:                                              # the kill came in the middle of a line
+            return False
+        return record["step"] < step or record["step"] == step and "loss" in record
+
+    def write(self, **record):
+        """Numbers that JSON does not have (a loss of NaN) become null."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoint of before is intact") from None
+
+
+def plot(out_dir):
+    """loss.png from metrics.jsonl, when matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no loss.png: pip install matplotlib draws it")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
+        points = [(r["tokens"], r[key]) for r in records if key in r]
+        axes.plot(*zip(*points), label=key, **style) if points else None
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(out_dir))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(out_dir / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+    say(f"loss curve: {out_dir / 'loss.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main():
+    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__)
+    if not model_config.causal:
+        raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
+    folder, out_dir = Path(config.data_dir) / config.dataset, Path(config.out_dir)
+    manifest = read_manifest(folder)
+    model_config.vocab_size = manifest["vocab_size"]
+    data = fingerprint(manifest)
+    files = {split: open_split(folder, manifest, split) for split in ("train", "val")}
+    windows = Windows(files["train"], model_config.seq_len, config.seed)
+    Windows(files["val"], model_config.seq_len, 0)                                # complain now, not at the first evaluation
+    device = pick_device(config.device)
+
+    latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
+    checkpoint = None
+    if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
+        checkpoint = load_checkpoint(latest)
+        if config.precision == "auto":                                            # a probe may answer differently today
+            config.precision = checkpoint["config"]["precision"]
+        same_tokenizer(latest, checkpoint, manifest)
+        if config.eval_only:
+            model_config = ModelConfig(**checkpoint["model_config"])
+        elif config.resume != "changed":
+            refuse_changes(latest, checkpoint, config, model_config, data)
+    config.precision = pick_precision(config.precision, device)
+    if device.type == "cuda" and config.precision == "bf16":
+        torch.set_float32_matmul_precision("high")                                # bf16 values are exact in TF32
+
+    torch.manual_seed(config.seed)
+    model = load_model(checkpoint, device, model_config) if checkpoint else LM(model_config).to(device)
+    compile_blocks(model, config.compile, device)
+    if config.eval_only:
+        print(json.dumps({"step": checkpoint["step"]} | evaluate(model, files["val"], manifest, config, device)))
+        return
+    optimizer, step, best_loss, spikes, skips, skips_in_a_row = make_optimizer(model, config), 0, math.inf, Spikes(), 0, 0
+    if checkpoint:
+        step, best_loss, spikes = checkpoint["step"], checkpoint["best_loss"], Spikes(checkpoint["recent_losses"])
+        skips, skips_in_a_row = checkpoint["skips"]
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        set_rng_state(checkpoint["rng"])
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for stale in [*out_dir.glob("*.tmp"), *(out_dir.glob("*.pt") if not step else ())]:
+            stale.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir={out_dir}: {error.strerror}") from None
+    log = Log(out_dir / "metrics.jsonl", step)
+    tokens_per_step = config.batch_size * model_config.seq_len
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters / 1e6:.2f} M parameters, {config.precision} on {device}, {tokens_per_step:,} tokens a step, "
+        f"{tokens_per_step * config.max_steps / windows.tokens:.2g} epochs" + f", continuing at step {step}" * bool(step))
+
+    def save(path):
+        with replacing(path) as temporary:
+            torch.save({"model": model.state_dict(), "model_config": dataclasses.asdict(model_config),
+                        "optimizer": optimizer.state_dict(), "step": step, "best_loss": best_loss,
+                        "recent_losses": list(spikes.recent), "skips": [skips, skips_in_a_row],
+                        "config": dataclasses.asdict(config), "rng": rng_state(), "data": data}, temporary)
+        if path == latest and config.keep_last > 1:
+            keep(latest, out_dir / f"ckpt-{step:08}.pt", config.keep_last)
+
+    stop = stop_at_signals()
+    last_log, last_time = step, time.perf_counter()
+    with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * step, unit="tok", unit_scale=True,
+              disable=None) as bar:
+        while True:
+            if step and (step % config.eval_interval == 0 or step == config.max_steps) and not stop:
+                result = evaluate(model, files["val"], manifest, config, device)
+                say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+                if result["val_loss"] < best_loss:
+                    best_loss = result["val_loss"]
+                    save(best)
+                log.write(step=step, tokens=step * tokens_per_step, **result)
+                last_log, last_time = step, time.perf_counter()
+            if step == config.max_steps or stop:
+                break
+            lr = lr_at(step, config)
+            loss, grad_norm, spike, skip = train_step(model, optimizer, windows, step, config, device, spikes)
+            step += 1
+            bar.update(tokens_per_step)
+            skips, skips_in_a_row = skips + skip, skips_in_a_row + 1 if skip else 0
+            if spike or skip:
+                log.write(step=step, tokens=step * tokens_per_step, loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip)
+                say(f"step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
+            if skips_in_a_row >= config.max_skips:
+                then = f"and --resume=changed, {latest} is from before" if latest.exists() else "from the start"
+                raise UserError(f"{skips_in_a_row} steps in a row had no finite loss or gradient: try a lower --lr {then}")
+            if step % config.log_interval == 0 or step == config.max_steps:
+                now = time.perf_counter()
+                speed = (step - last_log) * tokens_per_step / (now - last_time)
+                last_log, last_time = step, now
+                memory = f"{peak_memory(device) / 1e9:.2f} GB"
+                log.write(step=step, tokens=step * tokens_per_step, loss=loss, lr=lr, grad_norm=grad_norm,
+                          tokens_per_s=round(speed), time=round(time.time(), 3))
+                bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
+                if bar.disable:
+                    left = (config.max_steps - step) * tokens_per_step / speed
+                    say(f"step {step}/{config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
+                        f"{memory}, {left / 60:.1f} min left")
+            if step % config.save_interval == 0 or step % config.eval_interval == 0 or step == config.max_steps or stop:
+                save(latest)
+    if stop:
+        say(f"stopped at step {step}; the same command continues")
+        raise SystemExit(128 + stop[0])
+    plot(out_dir)
+    say(f"done: python sample.py --out_dir={out_dir}")
+
+
+def load_optimizer(optimizer, state):
+    """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
+    for group, fresh in zip(state["param_groups"], optimizer.state_dict()["param_groups"]):
+        group.update({key: fresh[key] for key in fresh if key != "params"})
+    optimizer.load_state_dict(state)
+
+
+def keep(latest, name, count):
+    """Keeps latest under a second name, and deletes the oldest such names beyond count - 1 before it."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(latest, name)
+    except OSError:                                                               # a file system without hard links
+        shutil.copyfile(latest, name)
+    for old in sorted(name.parent.glob("ckpt-*.pt"))[:-count]:
+        old.unlink()
+
+
+def stop_at_signals():
+    """A list that stays empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("stopping at the end of this step")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+def rng_state():
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+if __name__ == "__main__":
+    command(main)
