@@ -24,7 +24,7 @@ The letters, and what the papers call them
 import functools
 import math
 from dataclasses import dataclass
-from typing import Callable, Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -36,18 +36,19 @@ import torch.nn.functional as F
 
 class FeatureMap(NamedTuple):
     phi: Callable                     # (..., d) -> (..., K)
-    positive: bool = False            # phi(q).phi(k) > 0 for all q, k: the sum normaliser may divide by it
+    positive: bool = False            # phi(q).phi(k) >= 0 for all q, k: the sum normaliser may divide by it
+    can_vanish: bool = False          # all of phi can be 0: then not with rope, whose numerator does not vanish with it
     unit: bool = False                # |phi(k)| = 1: the delta rule cannot overshoot
     kernel: Callable | None = None    # s = q.k -> phi(q).phi(k), where that is cheaper than expanding both
 
 
 def silu_l2(x):
-    """SiLU, then unit length [6, Fig. 1]."""
+    """SiLU, then unit length [6, Sec. 3.4]."""
     return F.normalize(F.silu(x), dim=-1)
 
 
 def taylor(x):
-    """Second-order Taylor expansion of exp(q.k / sqrt(d)) [2, Eq. 4]: d -> 1 + d + d (d + 1) / 2 features.
+    """Second-order Taylor expansion of exp(q.k / sqrt(d)) [2]: d -> 1 + d + d (d + 1) / 2 features.
 
     Differs: x_i x_j and x_j x_i are one column, times sqrt(2); 153 columns instead of 273 at d = 16, same products.
     """
@@ -60,7 +61,7 @@ def taylor(x):
 
 FEATURE_MAPS = {
     "elu": FeatureMap(lambda x: F.elu(x) + 1, positive=True),                                        # [1, Eq. 7]
-    "relu": FeatureMap(F.relu, positive=True),
+    "relu": FeatureMap(F.relu, positive=True, can_vanish=True),
     "identity": FeatureMap(lambda x: x),                                                             # [3]
     "silu_l2": FeatureMap(silu_l2, unit=True),
     "taylor": FeatureMap(taylor, positive=True, kernel=lambda s, d: 1 + s / d ** 0.5 + s * s / (2 * d)),
@@ -100,7 +101,10 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.mixers, str):
             self.mixers = self.mixers.replace(",", " ").split()
-        require = _require
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                require(getattr(self, name) in get_args(kind),
+                        f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         for name in ("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.dim % self.n_heads == 0, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
@@ -120,6 +124,9 @@ class ModelConfig:
             require(self.normaliser != "sum" or phi.positive,
                     f"normaliser=sum divides by a sum that feature_map={self.feature_map} can make zero or negative: "
                     "take normaliser=rms, or feature_map elu, relu or taylor")
+            require(self.normaliser != "sum" or self.pos != "rope" or not phi.can_vanish,
+                    f"feature_map={self.feature_map} can make all weights zero, and pos=rope then leaves a numerator to "
+                    "divide by them: take pos=none, or feature_map=elu")
             require(not self.delta or self.normaliser == "rms",
                     "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms")
             require(not self.delta or phi.unit,
@@ -134,7 +141,7 @@ class ModelConfig:
         return {"k": self.feature_dim or width, "v": round(self.expand_v * width)}.get(which, width)
 
 
-def _require(condition, message):
+def require(condition, message):
     if not condition:
         raise ValueError(message)
 
@@ -148,7 +155,7 @@ def _form(form):
     """What the forms share: their contract, checks, precision, and the sum normaliser.
 
         S'  = exp(g_t) S_{t-1}
-        S_t = S' + k_t v_t^T                         plain [1, Eq. 10], with g [3, Eq. 6; 8]
+        S_t = S' + k_t v_t^T                         plain [1, Eq. 18], with g [3, Eq. 6; 8]
         S_t = S' + k_t (b_t (v_t - S'^T k_t))^T      delta rule [4, Eq. 24; 6, Eq. 10], when beta is given
         y_t = S_t^T q_t
 
@@ -160,7 +167,8 @@ def _form(form):
       sum is one more column of v, of ones, so the state has V+1 columns.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), in fp32 or wider. Passing it on splits
       a sequence over calls without changing anything.
-    Raises: ValueError when shapes do not fit.
+    Raises: ValueError when shapes do not fit, and for beta with divide_by: the delta rule makes no sum of weights.
+    Trap: running sums of log decays of -1e4 leave fp32 three digits for what comes after; the recurrence has no such sum.
     """
     @functools.wraps(form)
     def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
@@ -169,8 +177,9 @@ def _form(form):
         wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, v.shape[-1])), log_decay=(log_decay, (B, H, T)),
                       beta=(beta, (B, H, T)), state=(state, (B, H, K, V)))
         for name, (x, shape) in wanted.items():
-            if x is not None and x.shape != shape:
-                raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+            require(x is None or x.shape == shape,
+                    f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {None if x is None else tuple(x.shape)}")
+        require(beta is None or divide_by is None, "divide_by needs a sum of weights, and with beta there is none")
         # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
         wide = torch.promote_types(q.dtype, torch.float32)
         state = q.new_zeros(B, H, K, V, dtype=wide) if state is None else state
@@ -289,8 +298,7 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
 @_form
 def linear_attention_bidirectional(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
     """causal=False: every query reads the one sum over all keys [1, Eq. 6]. There is no order, so no decay or delta."""
-    if log_decay is not None or beta is not None:
-        raise ValueError("the bidirectional form has no order in time: log_decay and beta must be None")
+    require(log_decay is None and beta is None, "without an order in time there is no decay and no delta rule")
     state = state + expand.phi(k).mT @ v
     return expand.phi(q) @ state, state
 
@@ -348,7 +356,7 @@ class CausalConv(nn.Module):
             state = x.new_zeros(x.shape[0], past, x.shape[2])
         x = torch.cat([state, x], dim=1)
         y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
-        return y, x[:, T:].clone()                                                # a view would keep all of x alive
+        return y.to(x.dtype), x[:, T:].clone()                                                # a view would keep all of x alive
 
 
 class Linear(nn.Module):
@@ -402,7 +410,9 @@ class Linear(nn.Module):
         form = (linear_attention_bidirectional if not config.causal else linear_attention_recurrent if T == 1 else
                 functools.partial(linear_attention_chunked, chunk_size=config.chunk_size))
         y, S = self.attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
-        y = unheads(y if config.normaliser == "sum" else self.norm(y))
+        if config.normaliser == "rms":
+            y = self.norm(y.to(self.norm.weight.dtype))
+        y = unheads(y)
         if config.output_gate:
             y = y * F.silu(self.gate(x))
         return self.out(y), (conv_state, S)
@@ -474,7 +484,10 @@ class Window(Softmax):
 
 
 class Conv(nn.Module):
-    """Based's gated short convolution [2, Sec. 4]: out(gate(x) * conv(in(x))), over 3 tokens. State: 2 tokens."""
+    """Based's gated short convolution [2]: out(gate * SiLU(conv(x'))), over 3 tokens. Its state is 2 tokens.
+
+    Differs: no biases.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -485,7 +498,7 @@ class Conv(nn.Module):
     def forward(self, x, state, ropes):
         gate, x = self.both(x).chunk(2, dim=-1)
         x, state = self.conv(x, state)
-        return self.out(gate * x), state
+        return self.out(gate * F.silu(x)), state
 
 
 MIXERS = {"linear": Linear, "window": Window, "softmax": Softmax, "conv": Conv}
@@ -535,14 +548,16 @@ class Block(nn.Module):
         return x, state
 
 
-def softmax_loss(logits, targets, vocab_size):
-    """Summed cross-entropy of logits (rows,vocab or more) and its gradient, in logits' dtype; -1 targets do not count."""
+def softmax_loss(logits, targets, vocab_size, with_grad):
+    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in logits' dtype; targets of -1 do not count."""
     dtype, counted = logits.dtype, (targets >= 0)[:, None]
     targets = targets.clamp(min=0)[:, None]
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     logits[:, vocab_size:] = -math.inf                                            # padding is no token
     log_z = logits.logsumexp(-1, keepdim=True)
     loss = ((log_z - logits.gather(1, targets)) * counted).sum()
+    if not with_grad:
+        return loss, None
     p = (logits - log_z).exp_()
     return loss, p.scatter_add_(1, targets, -torch.ones_like(log_z)).mul_(counted).to(dtype)
 
@@ -555,25 +570,27 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk, softmax_loss=softmax_loss):
+    def forward(ctx, x, weight, targets, vocab_size, chunk, softmax_loss=softmax_loss, with_grad=True):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, count = weight.to(dtype), (targets >= 0).sum().clamp(min=1)
-        loss, grad_x, grad_w = 0.0, torch.empty_like(x), torch.zeros_like(weight)
+        w, count, loss = weight.to(dtype), (targets >= 0).sum().clamp(min=1), 0.0
+        if with_grad:
+            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), chunk):
             part = x[start:start + chunk].to(dtype)
-            part_loss, grad_logits = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size)  # (chunk,vocab)
+            part_loss, grad = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size, with_grad)
             loss = loss + part_loss
-            if any(ctx.needs_input_grad):
-                grad_x[start:start + chunk] = grad_logits @ w
-                grad_w += grad_logits.T @ part
-        ctx.save_for_backward(grad_x, grad_w, count)
+            if with_grad:                                                         # grad (chunk,vocab)
+                grad_x[start:start + chunk] = grad @ w
+                grad_w += grad.T @ part
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w, count)
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w, count = ctx.saved_tensors
-        return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None
+        return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
 
 
 class LM(nn.Module):
@@ -618,19 +635,20 @@ class LM(nn.Module):
         logits_at_once = 2 ** 28 if x.is_cuda else 2 ** 25                        # 512 MB of bf16, 128 MB of fp32
         chunk = max(1, logits_at_once // self.unembed.out_features)
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
-                                        self.config.vocab_size, chunk, self.softmax_loss), state
+                                        self.config.vocab_size, chunk, self.softmax_loss, torch.is_grad_enabled()), state
 
     def hidden(self, idx, state=None):
         """The blocks' output before the output projection: idx (B,T) -> (B,T,D), and the new state."""
         config, T = self.config, idx.shape[1]
+        require(state is None or config.causal, "causal=False reads a text whole: there is no state to go on from")
+        require(T > 0, "there must be at least one token to read")
         past = torch.zeros((), dtype=torch.long, device=idx.device) if state is None else state["tokens"]
         layers = [None] * config.depth if state is None else state["layers"]
         positions = past + torch.arange(T, device=idx.device)
         x = self.embed(idx)
         if config.pos == "learned":
-            if int(past) + T > config.seq_len:
-                raise ValueError(f"learned positions end at seq_len={config.seq_len}, and this text has {int(past) + T} "
-                                 "tokens: shorten it, or train with pos=rope or none")
+            require(int(past) + T <= config.seq_len, f"learned positions end at seq_len={config.seq_len}, and this text "
+                    f"has {int(past) + T} tokens: shorten it, or train with pos=rope or none")
             x = x + self.embed_pos(positions)
         if config.pos == "sinusoidal":
             x = x + torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim].to(x.dtype)
@@ -655,12 +673,13 @@ class LM(nn.Module):
         temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that hold p.
         Yields: (tokens (B,), the state before them).
         """
-        for part in idx.split(piece, dim=1):
-            x, state = self.hidden(part, state)
+        unread = idx
         for _ in range(max_new_tokens):
+            for part in unread.split(piece, dim=1):
+                x, state = self.hidden(part, state)
             token = choose(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
             yield token, state
-            x, state = self.hidden(token[:, None], state)
+            unread = token[:, None]
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -9,15 +9,19 @@ dataset = "stdlib"
 
 dim = 192
 depth = 4
-n_heads = 6
+n_heads = 4
 seq_len = 256
-mixers = "linear"
+mixers = "linear window"  # gated linear attention for the far past, softmax over 64 bytes for the near
+decay = "gated"
+normaliser = "rms"
+short_conv = True
+pos = "none"
 
 batch_size = 16
 grad_accum = 1
 lr = 3e-3
 warmup_steps = 50
-max_steps = 1000
-eval_interval = 250
-save_interval = 250
-eval_tokens = 2**16
+max_steps = 700
+eval_interval = 100
+save_interval = 100
+eval_tokens = 2**15
