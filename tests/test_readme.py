@@ -1,0 +1,52 @@
+"""What README.md says of commands, files and presets is so."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import bench
+import configurator
+import model
+import prepare
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONFIGS = {"prepare.py": (prepare.PrepareConfig,), "sample.py": (sample.SampleConfig,),
+           "train.py": (train.TrainConfig, model.ModelConfig),
+           "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig)}
+TEXTS = {"README.md": README} | {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]}
+
+
+def commands():
+    found = {line.strip().split("   ")[0] for text in TEXTS.values() for line in text.splitlines()
+             if line.startswith("    python ")}
+    return sorted(command.split(" # ")[0] for command in found)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_shown_has_known_keys_and_legal_values(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, program, *argv = shlex.split(command)
+    if "--help" not in argv:
+        configurator.configure(argv, *CONFIGS[program])
+
+
+@pytest.mark.parametrize("name, lines", re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.MULTILINE))
+def test_the_line_counts_of_the_file_map_are_right_to_ten_percent(name, lines):
+    assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 0.1 * int(lines)
+
+
+@pytest.mark.parametrize("config, millions", re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE))
+def test_the_presets_have_the_parameters_of_the_table(config, millions, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, model_config = configurator.configure([config], train.TrainConfig, model.ModelConfig)
+    assert f"{sum(p.numel() for p in model.LM(model_config).parameters()) / 1e6:.2f}" == millions
+
+
+def test_the_python_example_of_the_readme_runs(monkeypatch):
+    monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example, {})
