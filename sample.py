@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from prepare import load_tokenizer
-from train import autocast, load_checkpoint, load_model, pick_device, pick_precision
+from train import autocast, load_checkpoint, load_model, out_of_memory, pick_device, pick_precision
 
 
 @dataclass
@@ -39,6 +39,10 @@ class SampleConfig:
         for key, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature must be 0 or at least 0.001, got {self.temperature}")
+        if not -2**63 <= self.seed < 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.prompt and self.prompt_file:
@@ -64,8 +68,10 @@ def state_bytes(state):
     return sum(map(state_bytes, state.values() if isinstance(state, dict) else state or ()))
 
 
+@out_of_memory("take a smaller --num_samples")
 def main():
     config, = configure(sys.argv[1:], SampleConfig, doc=__doc__)
+    sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
     paths = [path for path in (Path(config.out_dir) / "best.pt", Path(config.out_dir) / "ckpt.pt") if path.exists()]
     checkpoint = load_checkpoint((paths or [Path(config.out_dir) / "ckpt.pt"])[0])

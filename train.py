@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
-from prepare import open_split, read_manifest
+from prepare import bin_problems, commit, open_split, read_manifest, remake
 
 
 @dataclass
@@ -65,16 +65,18 @@ class TrainConfig:
     eval_only: bool = False          # evaluate the checkpoint in out_dir and stop
 
     def __post_init__(self):
-        for key in ("batch_size", "grad_accum", "log_interval", "eval_interval", "eval_tokens", "save_interval",
-                    "keep_last", "max_skips"):
+        for key in ("batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
+                    "save_interval", "keep_last", "max_skips"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("max_steps", "warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
+        for key in ("warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         for key in ("decay_frac", "beta1", "beta2"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in 0..1, got {getattr(self, key)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % self.grad_accum:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of grad_accum={self.grad_accum}")
 
@@ -137,7 +139,7 @@ def compile_blocks(model, wanted, device):
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C compiler, no Triton, an unsupported Python: all different, all harmless
-        say(f"not compiled, which is slower but the same: {str(error).strip().splitlines()[0]}")
+        say(f"not compiled, which is slower but the same: {(str(error).strip() or repr(error)).splitlines()[0]}")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -153,6 +155,18 @@ def peak_memory(device):
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def out_of_memory(mend):
+    """Turns any of the errors for want of memory into one line that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                                  # numpy's; CUDA's, MPS's, the CPU's
+        known = ("out of memory", "DefaultCPUAllocator")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
+            raise
+        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {mend}") from None
 
 
 def say(line):
@@ -194,8 +208,9 @@ class Windows:
         file = int(np.searchsorted(self.ends, window, side="right"))
         start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
         tokens = self.files[file]
-        if os.path.getsize(tokens.filename) != tokens.nbytes:                     # reading past its end would be a SIGBUS
-            raise UserError(f"{tokens.filename} changed while it was being read: restore it, then resume")
+        path = Path(tokens.filename)
+        if not path.exists() or path.stat().st_size != tokens.nbytes:             # reading past its end would be a SIGBUS
+            raise UserError(f"{path} changed while it was being read: restore it, then resume")
         return tokens[start:start + self.seq_len + 1]
 
     def batch(self, numbers, vocab_size, device):
@@ -209,6 +224,13 @@ class Windows:
             tokens = tokens.pin_memory().to(device, non_blocking=True)
         tokens = tokens.to(device)
         return tokens[:, :-1], tokens[:, 1:]
+
+
+def check_bytes(folder, manifest, most=2**30):
+    """Compares small datasets with their checksums, in a second at most; prepare.py --verify does so for any size."""
+    if sum(path.stat().st_size for path in folder.glob("*.bin")) <= most:
+        for problem in bin_problems(folder, manifest, whole=True):
+            raise UserError(f"{problem}: {remake(folder)}")
 
 
 def fingerprint(manifest):
@@ -297,15 +319,18 @@ def evaluate(model, files, manifest, config, device):
 # Checkpoints and the log
 
 
+CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss", "recent_losses",
+              "skips"}
+
+
 @contextmanager
 def replacing(path):
-    """Yields a temporary name for path; when the block is done, syncs and renames it, so path is always whole."""
+    """Yields a temporary name for path; when the block is done, commits it to path, which is therefore always whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            commit(file, path)
     except (OSError, RuntimeError) as error:                                      # torch.save: RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact") from None
@@ -313,14 +338,25 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def plain(value):
+    """value in dicts, lists and strings made alike: pickle also writes which objects are one, so that without this the
+    checkpoints of a resumed and of an undisturbed run would hold the same in different bytes."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
 def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    """The dict that save in main wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
     try:
         with zipfile.ZipFile(path) as archive:                                    # torch.load does not look at checksums
             if bad := archive.testzip():
                 raise UserError(f"checksum of {bad} does not match")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        missing = {"model", "model_config", "optimizer", "step", "config", "rng", "data"} - set(checkpoint)
+        missing, known = CHECKPOINT - set(checkpoint), {field.name for field in dataclasses.fields(ModelConfig)}
+        unknown = set() if missing else set(checkpoint["model_config"]) - known
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
@@ -328,6 +364,8 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    if unknown:
+        raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
 
 
@@ -361,19 +399,21 @@ class Log:
 
     def __init__(self, path, step):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() and step else []
-        keep = [line for line in lines if self.is_before(line, step)]
+        # Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again.
+        keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and "loss" in r]
         with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in keep))
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
 
     @staticmethod
-    def is_before(line, step):
-        """Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again."""
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:                                              # the kill came in the middle of a line
-            return False
-        return record["step"] < step or record["step"] == step and "loss" in record
+    def read(path):
+        """The records of a metrics.jsonl, without the line in whose middle a kill came."""
+        records = []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [record for record in records if isinstance(record, dict) and "step" in record]
 
     def write(self, **record):
         """Numbers that JSON does not have (a loss of NaN) become null."""
@@ -396,7 +436,7 @@ def plot(out_dir):
         return
     matplotlib.use("agg")
     from matplotlib import pyplot
-    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    records = Log.read(out_dir / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
         points = [(r["tokens"], r[key]) for r in records if key in r]
@@ -414,6 +454,7 @@ def plot(out_dir):
 # The run
 
 
+@out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__)
     if not model_config.causal:
@@ -421,14 +462,12 @@ def main():
     folder, out_dir = Path(config.data_dir) / config.dataset, Path(config.out_dir)
     manifest = read_manifest(folder)
     model_config.vocab_size = manifest["vocab_size"]
+    check_bytes(folder, manifest)
     data = fingerprint(manifest)
     files = {split: open_split(folder, manifest, split) for split in ("train", "val")}
-    windows = Windows(files["train"], model_config.seq_len, config.seed)
-    Windows(files["val"], model_config.seq_len, 0)                                # complain now, not at the first evaluation
     device = pick_device(config.device)
 
-    latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
-    checkpoint = None
+    latest, best, log_file, checkpoint = out_dir / "ckpt.pt", out_dir / "best.pt", out_dir / "metrics.jsonl", None
     if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(latest)
         if config.precision == "auto":                                            # a probe may answer differently today
@@ -438,6 +477,15 @@ def main():
             model_config = ModelConfig(**checkpoint["model_config"])
         elif config.resume != "changed":
             refuse_changes(latest, checkpoint, config, model_config, data)
+        if not config.eval_only and is_finished(log_file, checkpoint["step"], config):
+            say(f"the run in {out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
+                "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
+            return None if (out_dir / "loss.png").exists() else plot(out_dir)
+    elif config.resume == "auto" and (others := [*out_dir.glob("best.pt"), *sorted(out_dir.glob("ckpt-*.pt"))]):
+        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
+                        "or take --resume=false to start over")
+    windows = None if config.eval_only else Windows(files["train"], model_config.seq_len, config.seed)
+    Windows(files["val"], model_config.seq_len, 0)                                # complain now, not at the first evaluation
     config.precision = pick_precision(config.precision, device)
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")                                # bf16 values are exact in TF32
@@ -456,11 +504,13 @@ def main():
         set_rng_state(checkpoint["rng"])
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for stale in [*out_dir.glob("*.tmp"), *(out_dir.glob("*.pt") if not step else ())]:
-            stale.unlink()
+        for stale in [*out_dir.glob("*.tmp"), *([latest, best, *out_dir.glob("ckpt-*.pt")] if not checkpoint else ())]:
+            stale.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to out_dir={out_dir}: {error.strerror}") from None
-    log = Log(out_dir / "metrics.jsonl", step)
+    log = Log(log_file, step)
+    if checkpoint:
+        keep(latest, step, config.keep_last)                                      # a kill may have come just before it
     tokens_per_step = config.batch_size * model_config.seq_len
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters / 1e6:.2f} M parameters, {config.precision} on {device}, {tokens_per_step:,} tokens a step, "
@@ -468,19 +518,20 @@ def main():
 
     def save(path):
         with replacing(path) as temporary:
-            torch.save({"model": model.state_dict(), "model_config": dataclasses.asdict(model_config),
-                        "optimizer": optimizer.state_dict(), "step": step, "best_loss": best_loss,
-                        "recent_losses": list(spikes.recent), "skips": [skips, skips_in_a_row],
-                        "config": dataclasses.asdict(config), "rng": rng_state(), "data": data}, temporary)
-        if path == latest and config.keep_last > 1:
-            keep(latest, out_dir / f"ckpt-{step:08}.pt", config.keep_last)
+            torch.save(plain({
+                "model": model.state_dict(), "model_config": dataclasses.asdict(model_config),
+                "optimizer": optimizer.state_dict(), "step": step, "best_loss": best_loss,
+                "recent_losses": list(spikes.recent), "skips": [skips, skips_in_a_row],
+                "config": dataclasses.asdict(config), "rng": rng_state(), "data": data}), temporary)
+        if path == latest:
+            keep(latest, step, config.keep_last)
 
-    stop = stop_at_signals()
+    signals, stop = stop_at_signals(), False
     last_log, last_time = step, time.perf_counter()
     with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * step, unit="tok", unit_scale=True,
               disable=None) as bar:
         while True:
-            if step and (step % config.eval_interval == 0 or step == config.max_steps) and not stop:
+            if step and (step % config.eval_interval == 0 or step >= config.max_steps) and not stop:
                 result = evaluate(model, files["val"], manifest, config, device)
                 say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
                 if result["val_loss"] < best_loss:
@@ -488,7 +539,7 @@ def main():
                     save(best)
                 log.write(step=step, tokens=step * tokens_per_step, **result)
                 last_log, last_time = step, time.perf_counter()
-            if step == config.max_steps or stop:
+            if step >= config.max_steps or stop:
                 break
             lr = lr_at(step, config)
             loss, grad_norm, spike, skip = train_step(model, optimizer, windows, step, config, device, spikes)
@@ -496,7 +547,8 @@ def main():
             bar.update(tokens_per_step)
             skips, skips_in_a_row = skips + skip, skips_in_a_row + 1 if skip else 0
             if spike or skip:
-                log.write(step=step, tokens=step * tokens_per_step, loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip)
+                log.write(step=step, tokens=step * tokens_per_step, loss=loss, grad_norm=grad_norm, spike=spike,
+                          skipped=skip, skips=skips)
                 say(f"step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
             if skips_in_a_row >= config.max_skips:
                 then = f"and --resume=changed, {latest} is from before" if latest.exists() else "from the start"
@@ -513,29 +565,39 @@ def main():
                     left = (config.max_steps - step) * tokens_per_step / speed
                     say(f"step {step}/{config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
                         f"{memory}, {left / 60:.1f} min left")
+            stop = bool(signals)                                                  # once a step: no stop without its save
             if step % config.save_interval == 0 or step % config.eval_interval == 0 or step == config.max_steps or stop:
                 save(latest)
     if stop:
         say(f"stopped at step {step}; the same command continues")
-        raise SystemExit(128 + stop[0])
+        raise SystemExit(128 + signals[0])
     plot(out_dir)
     say(f"done: python sample.py --out_dir={out_dir}")
 
 
+def is_finished(log_file, step, config):
+    """Is the last step made, and its evaluation, which comes after the save, in the log?"""
+    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in Log.read(log_file))
+
+
 def load_optimizer(optimizer, state):
     """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
-    for group, fresh in zip(state["param_groups"], optimizer.state_dict()["param_groups"]):
-        group.update({key: fresh[key] for key in fresh if key != "params"})
-    optimizer.load_state_dict(state)
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, state["param_groups"]):
+        group["lr"] = saved["lr"]                                                 # best.pt may be saved before the next step
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def keep(latest, name, count):
-    """Keeps latest under a second name, and deletes the oldest such names beyond count - 1 before it."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(latest, name)
-    except OSError:                                                               # a file system without hard links
-        shutil.copyfile(latest, name)
+def keep(latest, step, count):
+    """Keeps latest under a second name too, and deletes the oldest such names beyond count - 1 before it."""
+    if count == 1:
+        return
+    name = latest.with_name(f"ckpt-{step:08}.pt")
+    with replacing(name) as temporary:
+        try:
+            os.link(latest, temporary)
+        except OSError:                                                           # a file system without hard links
+            shutil.copyfile(latest, temporary)
     for old in sorted(name.parent.glob("ckpt-*.pt"))[:-count]:
         old.unlink()
 
@@ -547,7 +609,7 @@ def stop_at_signals():
     def handler(number, frame):
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("stopping at the end of this step")
+        os.write(2, b"\nstopping at the end of this step\n")                      # print is not safe inside a handler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return received

@@ -1,0 +1,181 @@
+"""sample.py: the same seed writes the same text, whole characters only, in memory that does not grow."""
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import prepare
+import sample
+import train
+from configurator import command
+from model import LM, ModelConfig
+
+PROGRAM, BYTES = Path(sample.__file__), prepare.load_tokenizer("bytes")
+
+
+def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **options):
+    """What train.py would leave in folder, of a model that has not learned anything."""
+    torch.manual_seed(0)
+    config = {"vocab_size": vocab_size, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window"}
+    config |= {"window": 4} | options
+    model, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
+    torch.nn.init.normal_(model.embed.weight, std=0.2)                             # not quite uniform
+    folder.mkdir(exist_ok=True)
+    torch.save(dict.fromkeys(train.CHECKPOINT) | {"model": model.state_dict(), "model_config": config, "data": data},
+               folder / "ckpt.pt")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With more, a machine that is busy waits a time slice at every operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch, capsys):
+    """write(*flags) is `python sample.py` on an untrained model, within this process: code, out, err."""
+    def write(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir=out", "--max_new_tokens=30", "--device=cpu", *flags])
+        capsys.readouterr()
+        code = 0
+        try:
+            command(sample.main)
+        except SystemExit as error:
+            code = error.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "out")
+    return write
+
+
+@pytest.fixture
+def refusal(write):
+    def refusal(*flags):
+        result = write(*flags)
+        assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result
+        assert result.err.startswith("sample.py: ")
+        return result.err
+    return refusal
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Makes the model write these tokens; one list per sample."""
+    def scripted(*texts):
+        def generate(self, idx, max_new_tokens, *args):
+            for tokens in list(zip(*texts))[:max_new_tokens]:
+                yield torch.tensor(tokens), {"S": torch.zeros(1)}
+        monkeypatch.setattr(LM, "generate", generate)
+    return scripted
+
+
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(write):
+    first = write("--prompt=abc")
+    assert first.code == 0 and first.out.startswith("abc") and len(first.out) > 10
+    assert write("--prompt=abc").out == first.out != write("--prompt=abc", "--seed=2").out
+
+
+def test_temperature_zero_and_top_k_one_and_a_small_top_p_take_the_likeliest(write):
+    greedy = write("--prompt=abc", "--temperature=0").out
+    for flags in (["--temperature=0", "--seed=2"], ["--top_k=1"], ["--top_p=1e-6"], ["--temperature=0.001"]):
+        assert write("--prompt=abc", *flags).out == greedy
+    wild = (["--top_k=5"], ["--top_p=0.5"], ["--temperature=2"], [])
+    assert len({write("--prompt=abc", *flags).out for flags in wild}) == 4
+
+
+def test_a_prompt_is_the_same_from_a_flag_a_file_and_stdin(write, monkeypatch):
+    prompt = "Füße\n  def f():"
+    Path("prompt.txt").write_text(prompt, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    texts = [write(flag).out for flag in (f"--prompt={prompt}", "--prompt_file=prompt.txt", "--prompt_file=-")]
+    assert texts[0].startswith(prompt) and texts[0] == texts[1] == texts[2]
+
+
+def test_a_character_of_several_tokens_is_printed_whole_as_soon_as_it_is_complete(write, scripted, monkeypatch):
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *args, **options: pieces.extend(args))
+    scripted([*"é€😀".encode(), 0x80, *"x€".encode()[:3]])
+    write()
+    assert [piece for piece in pieces if piece][:-1] == ["é", "€", "😀", "\ufffd", "x", "\ufffd"]
+
+
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(write, scripted, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    scripted("aé".encode())
+    assert write().code == 0 and stdout.buffer.getvalue() == b"a?\n"
+
+
+def test_a_text_ends_at_its_end_of_text_token(write, scripted):
+    scripted([*b"yes", BYTES.eot, *b"no"])
+    result = write()
+    assert result.out == "yes\n" and "\n3 tokens in" in result.err
+    assert "yesno" in write("--stop=false").out
+
+
+def test_several_samples_differ_and_each_ends_on_its_own(write, scripted):
+    texts = write("--num_samples=3", "--prompt=abc").out.split("--- ")[1:]
+    assert all(text.startswith(f"{i} of 3\nabc") for i, text in enumerate(texts, 1))
+    assert len({text[10:] for text in texts}) == 3
+    scripted([*b"ab", BYTES.eot, *b"no"], [*b"abcde"])
+    assert write("--num_samples=2").out == "--- 1 of 2\nab\n--- 2 of 2\nabcde\n"
+
+
+def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
+    def kilobytes(*flags):
+        line = write("--stop=false", *flags).err.splitlines()[-1]
+        return float(re.search(r"^\d+ tokens in .* s: [\d,]+ tokens/s .* the state is ([\d.,]+) kB a text$", line)[1])
+    assert kilobytes("--max_new_tokens=10") == kilobytes("--max_new_tokens=1000") == kilobytes("--prompt=" + "x" * 999)
+    assert 0 < kilobytes("--num_samples=3") == pytest.approx(kilobytes(), abs=0.1)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--promt=x"], "the nearest is prompt"), (["--top_k=many"], "--top_k must be int"),
+    (["--top_p=0"], "top_p must be above 0"), (["--temperature=-1"], "at least 0"),
+    (["--temperature=1e-40"], "temperature must be 0 or"), ([f"--seed={2**64}"], "below 2**63"),
+    (["--num_samples=0"], "at least 1"), (["--prompt=a", "--prompt_file=b"], "either prompt or prompt_file"),
+    (["--prompt_file=none"], "cannot read none: No such file"), (["--prompt_file=out"], "cannot read out: Is a dir"),
+    (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"), (["--out_dir=none"], "no checkpoint none/ckpt.pt: train"),
+    (["--device=tpu"], "--device=cpu"), (["--out_dir=other"], "tokenizer here is not the one"),
+    (["--out_dir=few", "--prompt=az"], "has token 122, and the model only knows those below 100"),
+    (["--out_dir=learned", "--prompt=abc"], "learned positions end at 16 tokens, and prompt and text would have 33: "
+     "take --max_new_tokens=13")])
+def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, message):
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    write_checkpoint(tmp_path / "few", vocab_size=100)
+    write_checkpoint(tmp_path / "learned", pos="learned")
+    write_checkpoint(tmp_path / "other", tokenizer_hash="another")
+    assert message in refusal(*flags)
+
+
+def test_learned_positions_allow_exactly_their_number_of_tokens(write, tmp_path):
+    write_checkpoint(tmp_path / "out", pos="learned")
+    assert write("--prompt=abc", "--max_new_tokens=13", "--stop=false").code == 0
+
+
+def test_the_whole_path_works_with_the_dataset_gone_and_its_reader_gone(tmp_path):
+    """prepare, train, then sample | head: text that was learned, and no complaint about the closed pipe."""
+    def python(program, *flags):
+        subprocess.run([sys.executable, PROGRAM.with_name(program), *flags], cwd=tmp_path, env=env, check=True,
+                       capture_output=True)
+    (tmp_path / "abc.txt").write_text("abcdefgh " * 2000)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    python("prepare.py", "--dataset=abc", "--data_files=abc.txt", "--tokenizer=bytes", "--processes=1")
+    python("train.py", "--dataset=abc", "--dim=32", "--depth=1", "--n_heads=2", "--seq_len=32", "--batch_size=16",
+           "--grad_accum=1", "--max_steps=60", "--warmup_steps=5", "--lr=2e-2", "--eval_tokens=256", "--precision=fp32",
+           "--device=cpu", "--out_dir=out")
+    shutil.rmtree(tmp_path / "data")
+    shell = (f"{sys.executable} {PROGRAM} --out_dir=out --prompt=ab --temperature=0 --max_new_tokens=100000"
+             " --device=cpu | head -c 20; exit ${PIPESTATUS[0]}")
+    result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (result.stdout, result.stderr, result.returncode) == ("abcdefgh abcdefgh ab", "", 141)

@@ -1,0 +1,723 @@
+"""train.py: the curve depends on the config alone; a kill, a full disk or a rotten file loses and hides nothing."""
+import fcntl
+import itertools
+import json
+import math
+import os
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from configurator import command
+from model import LM, ModelConfig
+
+PROGRAM = Path(train.__file__)
+MODEL = ["--dim=16", "--depth=1", "--n_heads=2", "--seq_len=16"]
+RUN = ["--batch_size=4", "--grad_accum=1", "--max_steps=12", "--warmup_steps=2", "--lr=1e-2", "--log_interval=1",
+       "--eval_interval=6", "--save_interval=3", "--eval_tokens=256", "--precision=fp32", "--device=cpu",
+       "--dataset=text"]
+BYTES, PLOT = prepare.load_tokenizer("bytes"), train.plot
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """One thread (bytes are only promised at a fixed count), nothing slow, and no signal handlers left behind."""
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    monkeypatch.setattr(train, "plot", lambda out_dir: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data_dir with the dataset "text", as prepare.py makes it."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "squares.txt").write_text("".join(f"{i} · {i} is {i * i}\n" for i in range(2000)))
+    subprocess.run([sys.executable, PROGRAM.with_name("prepare.py"), "--dataset=text", "--data_files=squares.txt",
+                    "--tokenizer=bytes", "--data_dir=.", "--processes=1"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch, capsys):
+    """run(*flags, at="a") is `python train.py` in the folder a of tmp_path, within this process: code, out, err."""
+    def run(*flags, at="run"):
+        (tmp_path / at).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / at)
+        monkeypatch.setattr(sys, "argv", ["train.py", *MODEL, *RUN, f"--data_dir={data}", "--out_dir=out", *flags])
+        capsys.readouterr()
+        code = 0
+        try:
+            command(train.main)
+        except SystemExit as error:
+            code = error.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    return run
+
+
+@pytest.fixture
+def refusal(run, tmp_path):
+    """The one line of a run that must end with exit code 2 and leave its folder as it was."""
+    def refusal(*flags, at="run"):
+        before = contents(tmp_path / at)
+        result = run(*flags, at=at)
+        assert result.code == 2 and result.err.startswith("train.py: ") and result.err.count("\n") == 1, result
+        assert contents(tmp_path / at) == before
+        return result.err
+    return refusal
+
+
+def contents(folder):
+    """Name -> bytes of all files of the run in folder; of metrics.jsonl all but the wall clock."""
+    files = {path.name: path.read_bytes() for path in (folder / "out").glob("*")}
+    return files | {name: records(folder) for name in files if name == "metrics.jsonl"}
+
+
+def records(folder):
+    """metrics.jsonl without the wall clock; NaN and Infinity, which JSON lacks, are errors."""
+    lines = (folder / "out/metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return [{key: r[key] for key in r if key not in ("tokens_per_s", "time")} for r in parsed]
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder) if "loss" in r]
+
+
+def at_step(monkeypatch, step, action):
+    """Calls action in the middle of a step."""
+    def train_step(*args):
+        action() if args[3] == step else None
+        return original(*args)
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def write_dataset(folder, train=range(200), val=range(200), vocab_size=257, tokenizer_hash=BYTES.hash):
+    """A dataset of these token ids, consistent with its manifest."""
+    folder.mkdir(parents=True)
+    content = {"version": 1, "tokenizer": "bytes", "tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size,
+               "dtype": "uint16", "files": {}}
+    for split, ids in (("train", train), ("val", val)):
+        np.array(ids, "<u2").tofile(folder / f"{split}.bin")
+        digest = prepare.hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        content["files"][f"{split}.bin"] = {"split": split, "tokens": len(ids), "documents": int(len(ids) > 0),
+                                            "bytes": 2 * len(ids), "sha256": digest}
+    prepare.write_sealed(folder / "manifest.json", content)
+    return [f"--data_dir={folder.parent}", f"--dataset={folder.name}"]
+
+
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def token_files(folder, *sizes):
+    """Files whose token at a position names the file and the position."""
+    for i, size in enumerate(sizes):
+        np.arange(size, dtype="<u2").__iadd__(1000 * i).tofile(folder / f"{i}.bin")
+    return [np.memmap(folder / f"{i}.bin", "<u2", "r") for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("sizes", [(17,), (32,), (33,), (500,), (17, 3, 100, 16, 999)])
+def test_an_epoch_visits_every_window_once_and_no_window_crosses_a_file(tmp_path, sizes):
+    windows = train.Windows(token_files(tmp_path, *sizes), 16, seed=1)
+    for epoch in range(3):
+        starts = []
+        for number in range(epoch * windows.total, (epoch + 1) * windows.total):
+            assert list(windows[number]) == list(range(windows[number][0], windows[number][0] + 17))
+            starts.append(int(windows[number][0]))
+        gaps = np.diff(sorted(starts))
+        assert len(set(starts)) == windows.total and all(gap >= 16 for gap in gaps)
+    assert windows.total >= sum(max(1, size // 16 - 2) for size in sizes if size > 16)
+
+
+def test_epochs_cut_a_file_at_every_offset_and_start_elsewhere(tmp_path):
+    windows = train.Windows(token_files(tmp_path, 500), 16, seed=1)
+    firsts = [int(windows[epoch * windows.total][0]) for epoch in range(200)]
+    assert {first % 16 for first in firsts} == set(range(16)) and len(set(firsts)) > 100
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path):
+    files = token_files(tmp_path, 500, 300)
+    def batch(seed, numbers, windows=None):
+        return (windows or train.Windows(files, 16, seed)).batch(numbers, 2000, torch.device("cpu"))
+    used = train.Windows(files, 16, 1)
+    [used[number] for number in (500, 3, 77)]
+    x, y = batch(1, range(80, 88))
+    assert torch.equal(x, batch(1, range(80, 88), used)[0])
+    assert torch.equal(x, torch.cat([batch(1, range(80, 82))[0], batch(1, range(82, 88))[0]]))
+    assert not torch.equal(x, batch(2, range(80, 88))[0]) and not torch.equal(x, batch(1, range(88, 96))[0])
+    assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
+
+
+def test_grad_accum_gives_the_same_loss_curve(run, tmp_path):
+    for pieces in (1, 2, 4):
+        assert run(f"--grad_accum={pieces}", at=str(pieces)).code == 0
+    curve = losses(tmp_path / "1")
+    assert len(curve) == 12 and curve[-1] < curve[0] - 0.5
+    assert losses(tmp_path / "2") == pytest.approx(curve, rel=1e-5) == losses(tmp_path / "4")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+@pytest.mark.parametrize("number, dropout, best", [(signal.SIGTERM, 0, 12), (signal.SIGINT, 0.3, 6)])
+def test_a_signal_saves_and_the_same_command_goes_on_byte_for_byte(run, tmp_path, monkeypatch, number, dropout, best):
+    def worse(*args, evaluate=train.evaluate):
+        result = evaluate(*args)
+        return result | {"val_loss": -result["val_loss"]}
+    if best == 6:
+        monkeypatch.setattr(train, "evaluate", worse)
+    flags = f"--dropout={dropout}", "--keep_last=2"
+    assert run(*flags, at="undisturbed").code == 0 and train.load_checkpoint(Path("out/best.pt"))["step"] == best
+    for step in (4, 5, 11):                                                       # a plain one, a save, the last
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: os.kill(os.getpid(), number))
+            assert run(*flags).code == 128 + number
+        assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == step + 1
+    Path("out/ckpt-00000012.pt").unlink()                                         # as if killed before it got this name
+    assert run(*flags).code == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
+
+
+def test_a_second_interrupt_leaves_at_once_with_the_last_checkpoint_whole(run, tmp_path, monkeypatch):
+    interrupt, save = lambda: os.kill(os.getpid(), signal.SIGINT), torch.save
+    run(at="undisturbed")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, interrupt)
+        at_step(patch, 4, lambda: patch.setattr(torch, "save", lambda *args: (save(*args), interrupt())))
+        result = run()
+    assert result.code == 130 and result.err.endswith("train.py: interrupted\n") and "Traceback" not in result.err
+    assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
+    assert run().code == 0 and contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
+
+
+PLACES = ["clock", "clock", "before fsync", "after fsync", "before replace", "after replace", "after link",
+          "before save", "in save", "after save", "in write", "after write"]
+
+
+def kill_at_random(folder, flags, kills, seed):
+    """Starts the same command again and again in forks of this process and kills it, in each place in turn, by the
+    clock or at a random call; a run that gets through all the same is followed by another. Prints how many died where.
+    """
+    import torch._dynamo  # noqa: F401  an optimiser's first use loads it: here once, instead of a second in every fork
+    torch.set_num_threads(1)
+    train.plot, os.fsync, sys.argv = lambda out_dir: None, lambda file: None, ["train.py", *flags]
+    rng = random.Random(seed)
+
+    def start(at, place):
+        nth, delay = rng.randrange(1, 7), rng.uniform(0, 0.3)
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(at)
+            os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            code = 1
+            try:
+                if place not in (None, "clock"):
+                    die(place, nth, rng)
+                command(train.main)
+                code = 0
+            finally:
+                os._exit(code)
+        if place == "clock":
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        assert status in (0, signal.SIGKILL), (at / "stderr").read_text()
+        return status == signal.SIGKILL
+
+    (folder / "undisturbed").mkdir()
+    assert not start(folder / "undisturbed", None)
+    places, turn, run = Counter(), itertools.cycle(PLACES), itertools.count()
+    while places.total() < kills:
+        at = folder / f"killed{next(run)}"
+        at.mkdir()
+        while start(at, place := next(turn) if places.total() < kills else None):
+            places[place] += 1
+    print(json.dumps(places))
+
+
+def die(place, n, rng):
+    """From now on, the nth call of a function that makes files durable is this process's last: before it, after it, or
+    with half of its bytes written."""
+    when, name = place.split()
+    owner = {"save": torch, "write": train.Log}.get(name, os)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args, **options):
+        if last := next(calls) == n:
+            old_size = args[0].path.stat().st_size if name == "write" else 0
+        result = None if last and when == "before" else original(*args, **options)
+        if last and when == "in":
+            path = args[0].path if name == "write" else args[1]
+            os.truncate(path, rng.randrange(old_size, path.stat().st_size))
+        return os.kill(os.getpid(), signal.SIGKILL) if last else result
+    setattr(owner, name, dying)
+
+
+def test_killed_at_random_moments_the_run_comes_out_byte_for_byte_the_same(data, tmp_path):
+    """KILLS=200 for the long version."""
+    kills = int(os.environ.get("KILLS", 24))
+    flags = [*MODEL, *RUN, "--max_steps=80", "--eval_interval=10", "--save_interval=2", "--keep_last=2",
+             "--dropout=0.2", f"--data_dir={data}", "--out_dir=out"]
+    driver = f"from test_train import *; kill_at_random(Path({str(tmp_path)!r}), {flags!r}, {kills}, seed={kills})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(PROGRAM.parent)])}
+    result = subprocess.run([sys.executable, "-c", driver], env=environment, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    places = Counter(json.loads(result.stdout))
+    print(places, "in", len(list(tmp_path.glob("killed*"))), "runs")
+    assert places.total() >= kills and set(places) == set(PLACES)
+    for folder in tmp_path.glob("killed*"):
+        assert contents(folder) == contents(tmp_path / "undisturbed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused, and what may change
+
+
+def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, refusal, tmp_path):
+    run()
+    assert "lr was 0.01, now 0.02" in refusal("--lr=2e-2") and "dim was 16, now 32" in refusal("--dim=32", "--resume")
+    other = write_dataset(tmp_path / "other/text")
+    assert "sha256 was" in refusal(other[0])
+    foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
+    assert "take --dataset of the same tokenizer" in refusal(*foreign)
+    assert "another shape" in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    result = run("--resume=changed", other[0], "--lr=2e-2", "--max_steps=15")
+    assert result.code == 0 and "continuing at step 12" in result.err
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == list(range(1, 16))
+    assert torch.load("out/ckpt.pt", weights_only=True)["config"]["lr"] == 0.02
+
+
+def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkeypatch):
+    run(at="undisturbed")
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run()
+    (tmp_path / "run/out").rename(tmp_path / "run/moved")
+    result = run("--out_dir=moved", "--grad_accum=2", "--log_interval=4", "--save_interval=5", "--keep_last=2")
+    assert result.code == 0 and "continuing at step 5" in result.err
+    theirs = train.load_checkpoint(tmp_path / "undisturbed/out/ckpt.pt")["model"]
+    mine = train.load_checkpoint(Path("moved/ckpt.pt"))["model"]
+    assert all(torch.allclose(theirs[name], mine[name], atol=1e-5) for name in theirs)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(run, tmp_path):
+    run()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").iterdir()}
+    for flags in ([], ["--resume"], ["--resume=changed", "--max_steps=6"]):
+        result = run(*flags)
+        assert result.code == 0 and "is finished, at step 12" in result.err and "tokens/s" not in result.err
+        assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").iterdir()}
+
+
+def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run(run, refusal, tmp_path):
+    assert "no checkpoint out/ckpt.pt" in refusal("--resume")
+    run("--seed=1", "--keep_last=3")
+    Path("out/mine.pt").write_text("not train.py's")
+    Path("out/ckpt.pt.tmp").write_text("half a checkpoint")
+    assert run("--max_steps=1", "--resume=false").code == 0
+    assert sorted(contents(tmp_path / "run")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "mine.pt"]
+    assert len(losses(tmp_path / "run")) == 1
+    Path("out/ckpt.pt").unlink()
+    assert "copy it to ckpt.pt" in refusal("--max_steps=1")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batchsize=4"], "nearest is batch_size"), (["--lr=high"], "--lr must be float"),
+    (["--max_steps=1.5"], "must be int"), (["--grad_accum=3"], "multiple of grad_accum"),
+    (["--seed=1e40"], "must be int"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
+    (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
+    (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
+    (["--out_dir=/proc/x"], "cannot write"), (["nofile.py"], "no such config file"),
+    (["--eval_only"], "no checkpoint")])
+def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(refusal, flags, message):
+    assert message in refusal(*flags)
+
+
+def test_an_out_dir_below_a_file_is_named(refusal, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"cannot write to out_dir={tmp_path}/file/out" in refusal(f"--out_dir={tmp_path}/file/out")
+
+
+def test_a_bad_dataset_is_found_before_training(refusal, tmp_path):
+    flags = write_dataset(tmp_path / "data/bad", train=range(1000))
+    (tmp_path / "data/bad").rename(tmp_path / "good")
+
+    def damaged(name, damage):
+        shutil.rmtree(tmp_path / "data/bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "data/bad")
+        damage(tmp_path / "data/bad" / name)
+        line = refusal(*flags)
+        assert name in line and "prepare.py" in line
+        return line
+    assert "is missing" in damaged("train.bin", Path.unlink)
+    assert "has 1,999 bytes instead of 2,000" in damaged("train.bin", lambda path: os.truncate(path, 1999))
+    for name, position, bit in (("train.bin", 0, 0), ("train.bin", 1999, 7), ("val.bin", 200, 3)):
+        assert "has changed since it was made" in damaged(name, lambda path: flip(path, position, bit))
+    assert "checksum does not fit" in damaged("manifest.json", lambda path: flip(path, path.read_bytes().index(b"257")))
+    assert "no train documents" in refusal(*write_dataset(tmp_path / "empty/bad", train=[]))
+
+
+def test_ids_above_the_vocabulary_and_files_that_change_under_the_run_end_it(run, tmp_path, monkeypatch):
+    result = run(*write_dataset(tmp_path / "data/big", train=[300] * 200))
+    assert result.code == 2 and "token 300 in the data is not below vocab_size=257" in result.err.splitlines()[-1]
+    for change in (lambda path: os.truncate(path, 100), Path.unlink):
+        shutil.rmtree(tmp_path / "data")
+        flags = write_dataset(tmp_path / "data/gone")
+        with monkeypatch.context() as patch:
+            at_step(patch, 4, lambda: change(tmp_path / "data/gone/train.bin"))
+            result = run(*flags, "--resume=false")
+        assert result.code == 2 and "train.bin changed while it was being read" in result.err.splitlines()[-1]
+        assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, (dict, list)):
+        return len(a) == len(b) and all(same(a[key], b[key]) for key in (a if isinstance(a, dict) else range(len(a))))
+    return a == b
+
+
+def test_a_checkpoint_holds_what_the_contract_says(run):
+    run("--keep_last=3", "--compile=auto")
+    assert sorted(path.name for path in Path("out").glob("*.pt")) == [
+        "best.pt", "ckpt-00000006.pt", "ckpt-00000009.pt", "ckpt-00000012.pt", "ckpt.pt"]
+    for path in Path("out").glob("*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert {"model", "model_config", "optimizer", "step", "config", "rng", "data"} <= checkpoint.keys()
+        model = LM(ModelConfig(**checkpoint["model_config"]))
+        assert checkpoint["model"].keys() == model.state_dict().keys()
+        model.load_state_dict(checkpoint["model"])
+    assert checkpoint["data"]["tokenizer"] == "bytes" and checkpoint["config"]["lr"] == 0.01
+    rates = {group["lr"] for group in torch.load("out/ckpt.pt")["optimizer"]["param_groups"]}
+    assert rates == {train.lr_at(11, train.TrainConfig(**checkpoint["config"]))}
+
+
+def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, monkeypatch):
+    def fsync(file):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), replace(old, new)))
+    with train.replacing(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+    assert calls == ["file", "rename", "folder"] and (tmp_path / "file").read_text() == "content"
+
+
+def test_a_cut_or_flipped_checkpoint_is_refused_by_name_or_unharmed(run, refusal):
+    run()
+    path = Path("out/ckpt.pt")
+    whole, content, rng, unharmed = path.read_bytes(), train.load_checkpoint(path), random.Random(0), 0
+    for i in range(400):
+        path.write_bytes(whole[:rng.randrange(len(whole))] if i % 4 == 0 else whole)
+        if i % 4:
+            flip(path, rng.randrange(len(whole)), rng.randrange(8))
+        try:
+            assert same(train.load_checkpoint(path), content) and i % 4 > 0         # only zip's padding has no checksum
+            unharmed += 1
+        except train.UserError as error:
+            assert "out/ckpt.pt is damaged" in str(error)
+    assert unharmed < 30
+    path.write_bytes(whole[:len(whole) // 2])
+    assert "out/ckpt.pt is damaged" in refusal()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize("content, message", [
+    (Trap(), "is damaged or not"), ({"model": Trap()}, "is damaged or not"), (5, "not a checkpoint"),
+    ({"model": {}}, "it lacks best_loss, config, data"),
+    (dict.fromkeys(train.CHECKPOINT) | {"model_config": {"depht": 3}}, "another version of model.py: its model has")])
+def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(refusal, tmp_path, content, message):
+    (tmp_path / "run/out").mkdir(parents=True)
+    torch.save(content, tmp_path / "run/out/ckpt.pt")
+    assert message in refusal() and not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("file, room", [("ckpt.pt", 30_000), ("metrics.jsonl", None)])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_goes_on(run, tmp_path, monkeypatch, file, room):
+    run(at="undisturbed")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room or Path("out", file).stat().st_size + 20, unlimited[1]))
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 4, fill)
+            result = run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert result.code == 2 and f"cannot write out/{file}" in result.err.splitlines()[-1], result.err
+    assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
+    assert run().code == 0 and contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. And so on"), MemoryError(), None])
+def test_out_of_memory_names_the_flags_that_help(run, monkeypatch, error):
+    def too_much():
+        if error:
+            raise error
+        torch.empty(2**60, dtype=torch.uint8)
+    at_step(monkeypatch, 4, too_much)
+    result = run()
+    words = ("out of memory", "--grad_accum", "--batch_size", "--seq_len")
+    assert result.code == 2 and all(word in result.err.splitlines()[-1] for word in words)
+
+
+def test_an_error_of_ours_keeps_its_traceback(run, monkeypatch):
+    at_step(monkeypatch, 4, lambda: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        run()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses that are not finite, and spikes
+
+
+def poison(monkeypatch, steps, how):
+    """Makes the loss or the gradient of these training steps NaN."""
+    forward, calls = LM.forward, itertools.count()
+
+    def poisoned(self, idx, targets=None, state=None):
+        loss, state = forward(self, idx, targets, state)
+        if self.training and next(calls) in steps:
+            zero = (0 * self.norm.weight.sum()).sqrt()                            # with the gradient 0 * infinity
+            loss = loss * math.nan if how == "loss" else loss + zero
+        return loss, state
+    monkeypatch.setattr(LM, "forward", poisoned)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(run, tmp_path, monkeypatch, how):
+    poison(monkeypatch, (3, 4, 8), how)
+    assert run("--save_interval=1", "--keep_last=99").code == 0
+    weights = [torch.load(f"out/ckpt-{step:08}.pt", weights_only=True) for step in range(1, 13)]
+    unchanged = [i + 1 for i in range(1, 12) if same(weights[i]["model"], weights[i - 1]["model"])
+                 and same(weights[i]["optimizer"]["state"], weights[i - 1]["optimizer"]["state"])]
+    assert unchanged[:3] == [4, 5, 9] and weights[-1]["skips"] == [3, 0]
+    skipped = [r for r in records(tmp_path / "run") if r.get("skipped")]
+    assert [(r["step"], r["skips"]) for r in skipped] == [(4, 1), (5, 2), (9, 3)]
+    assert all(r["loss" if how == "loss" else "grad_norm"] is None for r in skipped)
+    assert all(torch.isfinite(p).all() for p in weights[-1]["model"].values())
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch):
+    poison(monkeypatch, range(4, 99), "loss")
+    result = run("--max_skips=5")
+    assert result.code == 2 and "5 steps in a row had no finite loss or gradient" in result.err.splitlines()[-1]
+    checkpoint = train.load_checkpoint(Path("out/ckpt.pt"))
+    assert checkpoint["step"] == 6 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+
+
+def test_skips_in_a_row_are_counted_across_a_restart(run, monkeypatch):
+    poison(monkeypatch, range(2, 99), "loss")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--max_skips=5").code == 143                                    # after steps 3 and 4
+    assert "5 steps in a row" in run("--max_skips=5").err.splitlines()[-1]
+    assert "step 7: loss nan" in (again := run("--max_skips=5").err) and "step 8:" not in again
+
+
+def test_a_spike_is_6_sigma_above_the_last_128_losses():
+    spikes, rng = train.Spikes(), np.random.default_rng(0)
+    usual = rng.normal(3, 0.1, 300)
+    assert not any(spikes(loss) for loss in [100, *usual])
+    assert not spikes(3.4) and spikes(3.8) and not train.Spikes(usual[:50])(100)
+    resumed = train.Spikes(list(spikes.recent))
+    assert [spikes(loss) for loss in (3.5, 9, 3)] == [resumed(loss) for loss in (3.5, 9, 3)]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_spikes_are_logged_and_skipped_on_demand(run, tmp_path, monkeypatch, skip):
+    monkeypatch.setattr(train.Spikes, "__call__", lambda self, loss, calls=itertools.count(1): next(calls) == 5)
+    run(f"--skip_spikes={skip}", "--save_interval=1", "--keep_last=99")
+    assert [(r["step"], r["skipped"]) for r in records(tmp_path / "run") if r.get("spike")] == [(5, skip)]
+    before, after = (torch.load(f"out/ckpt-{step:08}.pt", weights_only=True)["model"] for step in (4, 5))
+    assert same(before, after) == skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is reported
+
+
+def test_metrics_have_the_fields_of_the_contract(run):
+    run("--log_interval=2")
+    raw = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in raw if "loss" in r]
+    assert [r["step"] for r in steps] == [2, 4, 6, 8, 10, 12]
+    assert all(r.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time"} for r in steps)
+    assert all(r["tokens"] == 64 * r["step"] for r in raw)
+    config = train.TrainConfig(lr=1e-2, warmup_steps=2, max_steps=12)
+    assert [r["lr"] for r in steps] == [train.lr_at(r["step"] - 1, config) for r in steps]
+    evaluations = [r for r in raw if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [6, 12]
+    for r in evaluations:
+        assert r.keys() == {"step", "tokens", "val_loss", "ppl", "bits_per_byte"}
+        assert r["ppl"] == pytest.approx(math.exp(r["val_loss"]))
+    best = torch.load("out/best.pt", weights_only=True)
+    assert best["best_loss"] == min(r["val_loss"] for r in evaluations)
+
+
+def test_eval_only_repeats_the_evaluation_in_the_log(run, tmp_path):
+    run()
+    before = contents(tmp_path / "run")
+    result = run("--eval_only", "--seq_len=999")                                   # the checkpoint's own shape is used
+    evaluation = {key: value for key, value in records(tmp_path / "run")[-1].items() if key != "tokens"}
+    assert json.loads(result.out) == evaluation and contents(tmp_path / "run") == before
+
+
+def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
+    """A uniform model over 257 tokens needs log2(257) bits a token; this text has 200 tokens for 400 bytes."""
+    write_dataset(tmp_path / "text")
+    manifest = prepare.read_manifest(tmp_path / "text")
+    files, model = prepare.open_split(tmp_path / "text", manifest, "val"), LM(ModelConfig(257, 8, 1, 1, seq_len=16))
+
+    def evaluate(batch_size=1, grad_accum=1, eval_tokens=96):
+        config = train.TrainConfig(batch_size=batch_size, grad_accum=grad_accum, eval_tokens=eval_tokens)
+        return train.evaluate(model, files, manifest, config, torch.device("cpu"))
+    results = [evaluate(*split)["val_loss"] for split in ((1, 1), (4, 2), (64, 1), (5, 5))]
+    assert results == pytest.approx([results[0]] * 4, rel=1e-6) and results[0] != evaluate(eval_tokens=16)["val_loss"]
+    torch.nn.init.zeros_(model.embed.weight)
+    assert evaluate() == pytest.approx({"val_loss": math.log(257), "ppl": 257, "bits_per_byte": math.log2(257) / 2})
+
+
+@pytest.mark.parametrize("program", ["pipe", "terminal"])
+def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, program):
+    flags = [*MODEL, *RUN, f"--data_dir={data}", "--out_dir=out"]
+    reader, writer = pty.openpty() if program == "terminal" else os.pipe()
+    if program == "terminal":
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 150, 0, 0))
+    process = subprocess.Popen([sys.executable, PROGRAM, *flags], cwd=tmp_path, stderr=writer, stdout=writer)
+    os.close(writer)
+    text = b""
+    try:
+        while piece := os.read(reader, 4096):
+            text += piece
+    except OSError:                                                               # how a terminal says end of file
+        pass
+    os.close(reader)
+    text = text.decode()
+    assert process.wait() == 0 and "step 12: val_loss" in text and "loss curve: out/loss.png" in text
+    assert Path(tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    if program == "terminal":
+        assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text
+        assert re.search(r"\[\d\d:\d\d<\d\d:\d\d,", text)                           # elapsed < left
+    else:
+        assert "%|" not in text and "\r" not in text
+        assert len(re.findall(r"^step \d+/12: loss .* tokens/s, .* GB, .* min left$", text, re.MULTILINE)) == 12
+
+
+def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": null}\n{"step": 2, "tokens": 16, "lo')
+    PLOT(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    PLOT(tmp_path / "nowhere")
+    assert "no loss.png: pip install matplotlib draws it\n" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser, precision, compilation
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
+    config = train.TrainConfig(lr=1.0, warmup_steps=9, max_steps=109, decay_frac=0.5)
+    rates = [train.lr_at(step, config) for step in range(110)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[9:60] == [1.0] * 51
+    assert rates[84] == pytest.approx(0.5) and rates[109] == 0 and rates[108] == pytest.approx(0.02)
+
+
+def test_only_matrices_decay_and_adamw_is_fused():
+    model = LM(ModelConfig(257, 16, 2, 2, decay="gated", normaliser="rms", short_conv=True, norm="layer"))
+    optimizer = train.make_optimizer(model, train.TrainConfig(weight_decay=0.3))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (not any(word in name for word in ("norm", "bias", "log_A"))), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert optimizer.defaults["fused"]
+
+
+def test_precision_auto_takes_bf16_only_where_it_is_faster(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    for speedup, auto in ((0.003, "fp32"), (1.2, "fp32"), (3.5, "bf16")):
+        monkeypatch.setattr(train, "bf16_speedup", lambda device: speedup)
+        assert [train.pick_precision(p, cpu) for p in ("auto", "fp32", "bf16")] == [auto, "fp32", "bf16"]
+        assert ("run at 0.003 times the speed of fp32" in capsys.readouterr().err) == (speedup < 1)
+
+
+def test_a_probe_that_answers_differently_later_does_not_change_the_run(run, monkeypatch):
+    monkeypatch.setattr(train, "bf16_speedup", lambda device: 1.0)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--precision=auto").code == 143
+    monkeypatch.setattr(train, "bf16_speedup", lambda device: 9.0)
+    result = run("--precision=auto")
+    assert result.code == 0 and "fp32 on cpu" in result.err and "continuing at step 5" in result.err
+
+
+def test_bf16_learns_and_its_checkpoint_is_fp32(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "bf16_speedup", lambda device: 0.01)
+    result = run("--precision=bf16", at="bf16")
+    run(at="fp32")
+    assert "warning: bf16" in result.err and losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
+    checkpoint = train.load_checkpoint(tmp_path / "bf16/out/ckpt.pt")
+    assert all(p.dtype == torch.float32 for p in checkpoint["model"].values())
+
+
+def test_without_a_compiler_the_run_says_so_and_goes_on(run, tmp_path, monkeypatch):
+    def no_compiler(*args, **options):
+        raise RuntimeError("no C compiler found\nand much more")
+    run(at="plain")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    result = run("--compile", at="compiled")
+    assert result.code == 0 and "not compiled, which is slower but the same: no C compiler found\n" in result.err
+    assert losses(tmp_path / "plain") == losses(tmp_path / "compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_blocks_give_the_same_curve_and_plain_names(run, tmp_path):
+    run(at="plain")
+    result = run("--compile", at="compiled")
+    assert result.code == 0 and "not compiled" not in result.err
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    names = [train.load_checkpoint(tmp_path / at / "out/ckpt.pt")["model"].keys() for at in ("plain", "compiled")]
+    assert names[0] == names[1]
