@@ -349,7 +349,7 @@ def plain(value):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict that save in main wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    """The dict that Run.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
     try:
         with zipfile.ZipFile(path) as archive:                                    # torch.load does not look at checksums
             if bad := archive.testzip():
@@ -369,19 +369,24 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def load_model(checkpoint, device, model_config=None):
-    model = LM(model_config or ModelConfig(**checkpoint["model_config"]))
+def load_weights(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"the checkpoint holds a model of another shape: {' '.join(str(error).split())[:200]}") from None
-    return model.to(device)
 
 
-def same_tokenizer(path, checkpoint, manifest):
-    if checkpoint["data"]["tokenizer_hash"] != manifest["tokenizer_hash"]:
+def load_model(checkpoint, device):
+    """The model of a checkpoint, as it was."""
+    model = LM(ModelConfig(**checkpoint["model_config"])).to(device)
+    load_weights(model, checkpoint)
+    return model
+
+
+def same_tokenizer(path, checkpoint, data):
+    if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
         raise UserError(f"{path} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
-                        f"{manifest['tokenizer']} tokens: take --dataset of the same tokenizer")
+                        f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
 
 
 def refuse_changes(path, checkpoint, config, model_config, data):
@@ -454,130 +459,189 @@ def plot(out_dir):
 # The run
 
 
+class Run:
+    """A training run: the model, the optimiser, how far it has come, and the files in out_dir that hold them."""
+
+    def __init__(self, config, model_config, data, device):
+        self.config, self.model_config, self.data, self.device = config, model_config, data, device
+        self.out_dir = Path(config.out_dir)
+        self.latest, self.best = self.out_dir / "ckpt.pt", self.out_dir / "best.pt"
+        self.model = LM(model_config).to(device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step, self.best_loss, self.spikes, self.skips, self.skips_in_a_row = 0, math.inf, Spikes(), 0, 0
+
+    def restore(self, checkpoint):
+        load_weights(self.model, checkpoint)
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
+        self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
+        set_rng_state(checkpoint["rng"])
+
+    def save(self, path):
+        with replacing(path) as temporary:
+            torch.save(plain({
+                "model": self.model.state_dict(), "model_config": dataclasses.asdict(self.model_config),
+                "optimizer": self.optimizer.state_dict(), "step": self.step, "best_loss": self.best_loss,
+                "recent_losses": list(self.spikes.recent), "skips": [self.skips, self.skips_in_a_row],
+                "config": dataclasses.asdict(self.config), "rng": rng_state(), "data": self.data}), temporary)
+        if path == self.latest:
+            keep(self.latest, self.step, self.config.keep_last)
+
+    def open_folder(self, fresh):
+        """Makes out_dir, or clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            old = [self.latest, self.best, *self.out_dir.glob("ckpt-*.pt")] if fresh else []
+            for stale in [*self.out_dir.glob("*.tmp"), *old]:
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
+        self.log = Log(self.out_dir / "metrics.jsonl", self.step)
+        if not fresh:
+            keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
+
+    def train(self, windows, val_files, manifest):
+        """To max_steps, or to the first signal. Each step: make it, log it, save it, evaluate."""
+        config, signals, stop = self.config, stop_at_signals(), False
+        tokens_per_step = config.batch_size * self.model_config.seq_len
+        clock = Clock(self.step, tokens_per_step)
+        with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
+                  unit_scale=True, disable=None) as bar:
+            while True:
+                # First in the loop, since a resumed run may have been killed between the save and the evaluation.
+                if self.step and not stop and self.is_due(config.eval_interval):
+                    self.evaluate(val_files, manifest, tokens_per_step)
+                    clock = Clock(self.step, tokens_per_step)
+                if self.step >= config.max_steps or stop:
+                    break
+                loss, grad_norm, lr = self.one_step(windows, tokens_per_step)
+                bar.update(tokens_per_step)
+                if self.is_due(config.log_interval):
+                    speed = clock.tokens_per_s(self.step)
+                    self.log.write(step=self.step, tokens=self.step * tokens_per_step, loss=loss, lr=lr,
+                                   grad_norm=grad_norm, tokens_per_s=round(speed), time=round(time.time(), 3))
+                    self.report(bar, loss, lr, speed, tokens_per_step)
+                stop = bool(signals)                                              # once a step: no stop without its save
+                if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
+                    self.save(self.latest)
+        if stop:
+            say(f"stopped at step {self.step}; the same command continues")
+            raise SystemExit(128 + signals[0])
+
+    def is_due(self, interval):
+        return self.step % interval == 0 or self.step >= self.config.max_steps
+
+    def one_step(self, windows, tokens_per_step):
+        lr = lr_at(self.step, self.config)
+        loss, grad_norm, spike, skip = train_step(self.model, self.optimizer, windows, self.step, self.config, self.device,
+                                                  self.spikes)
+        self.step += 1
+        self.skips, self.skips_in_a_row = self.skips + skip, self.skips_in_a_row + 1 if skip else 0
+        if spike or skip:
+            self.log.write(step=self.step, tokens=self.step * tokens_per_step, loss=loss, grad_norm=grad_norm,
+                           spike=spike, skipped=skip, skips=self.skips)
+            say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
+        if self.skips_in_a_row >= self.config.max_skips:
+            then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
+            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not finite "
+                            f"or a spike: try a lower --lr {then}")
+        return loss, grad_norm, lr
+
+    def evaluate(self, val_files, manifest, tokens_per_step):
+        result = evaluate(self.model, val_files, manifest, self.config, self.device)
+        say(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+        if result["val_loss"] < self.best_loss:
+            self.best_loss = result["val_loss"]
+            self.save(self.best)
+        self.log.write(step=self.step, tokens=self.step * tokens_per_step, **result)
+
+    def report(self, bar, loss, lr, speed, tokens_per_step):
+        """The bar on a terminal; a line where the output goes to a file."""
+        memory = f"{peak_memory(self.device) / 1e9:.2f} GB"
+        bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
+        if bar.disable:
+            left = (self.config.max_steps - self.step) * tokens_per_step / speed
+            say(f"step {self.step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {memory}, "
+                f"{left / 60:.1f} min left")
+
+
+class Clock:
+    """Tokens per second between calls."""
+
+    def __init__(self, step, tokens_per_step):
+        self.step, self.tokens_per_step, self.time = step, tokens_per_step, time.perf_counter()
+
+    def tokens_per_s(self, step):
+        before, self.step, self.time = (self.step, self.time), step, time.perf_counter()
+        return (step - before[0]) * self.tokens_per_step / (self.time - before[1])
+
+
+def find_checkpoint(config, model_config, data):
+    """The checkpoint of out_dir that this command should continue (or evaluate), or None. UserError if it should not."""
+    latest = Path(config.out_dir) / "ckpt.pt"
+    if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
+        checkpoint = load_checkpoint(latest)
+        if config.precision == "auto":                                            # a probe may answer differently today
+            config.precision = checkpoint["config"]["precision"]
+        same_tokenizer(latest, checkpoint, data)
+        if not config.eval_only and config.resume != "changed":
+            refuse_changes(latest, checkpoint, config, model_config, data)
+        return checkpoint
+    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
+    if config.resume == "auto" and others:
+        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
+                        "or take --resume=false to start over")
+    return None
+
+
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__)
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
-    folder, out_dir = Path(config.data_dir) / config.dataset, Path(config.out_dir)
+    folder = Path(config.data_dir) / config.dataset
     manifest = read_manifest(folder)
-    model_config.vocab_size = manifest["vocab_size"]
     check_bytes(folder, manifest)
-    data = fingerprint(manifest)
-    files = {split: open_split(folder, manifest, split) for split in ("train", "val")}
+    model_config.vocab_size, data = manifest["vocab_size"], fingerprint(manifest)
+    train_files, val_files = (open_split(folder, manifest, split) for split in ("train", "val"))
     device = pick_device(config.device)
-
-    latest, best, log_file, checkpoint = out_dir / "ckpt.pt", out_dir / "best.pt", out_dir / "metrics.jsonl", None
-    if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
-        checkpoint = load_checkpoint(latest)
-        if config.precision == "auto":                                            # a probe may answer differently today
-            config.precision = checkpoint["config"]["precision"]
-        same_tokenizer(latest, checkpoint, manifest)
-        if config.eval_only:
-            model_config = ModelConfig(**checkpoint["model_config"])
-        elif config.resume != "changed":
-            refuse_changes(latest, checkpoint, config, model_config, data)
-        if not config.eval_only and is_finished(log_file, checkpoint["step"], config):
-            say(f"the run in {out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
-                "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
-            return None if (out_dir / "loss.png").exists() else plot(out_dir)
-    elif config.resume == "auto" and (others := [*out_dir.glob("best.pt"), *sorted(out_dir.glob("ckpt-*.pt"))]):
-        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
-                        "or take --resume=false to start over")
-    windows = None if config.eval_only else Windows(files["train"], model_config.seq_len, config.seed)
-    Windows(files["val"], model_config.seq_len, 0)                                # complain now, not at the first evaluation
+    checkpoint = find_checkpoint(config, model_config, data)
+    if config.eval_only:
+        model_config = ModelConfig(**checkpoint["model_config"])
+    elif checkpoint and is_finished(config, checkpoint["step"]):
+        say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
+            "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
+        return None if Path(config.out_dir, "loss.png").exists() else plot(Path(config.out_dir))
+    Windows(val_files, model_config.seq_len, 0)                                   # complain now, not at the first evaluation
     config.precision = pick_precision(config.precision, device)
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")                                # bf16 values are exact in TF32
-
-    torch.manual_seed(config.seed)
-    model = load_model(checkpoint, device, model_config) if checkpoint else LM(model_config).to(device)
-    compile_blocks(model, config.compile, device)
     if config.eval_only:
-        print(json.dumps({"step": checkpoint["step"]} | evaluate(model, files["val"], manifest, config, device)))
+        model = load_model(checkpoint, device)
+        compile_blocks(model, config.compile, device)
+        print(json.dumps({"step": checkpoint["step"]} | evaluate(model, val_files, manifest, config, device)))
         return
-    optimizer, step, best_loss, spikes, skips, skips_in_a_row = make_optimizer(model, config), 0, math.inf, Spikes(), 0, 0
+
+    windows = Windows(train_files, model_config.seq_len, config.seed)
+    torch.manual_seed(config.seed)
+    run = Run(config, model_config, data, device)
     if checkpoint:
-        step, best_loss, spikes = checkpoint["step"], checkpoint["best_loss"], Spikes(checkpoint["recent_losses"])
-        skips, skips_in_a_row = checkpoint["skips"]
-        load_optimizer(optimizer, checkpoint["optimizer"])
-        set_rng_state(checkpoint["rng"])
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for stale in [*out_dir.glob("*.tmp"), *([latest, best, *out_dir.glob("ckpt-*.pt")] if not checkpoint else ())]:
-            stale.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to out_dir={out_dir}: {error.strerror}") from None
-    log = Log(log_file, step)
-    if checkpoint:
-        keep(latest, step, config.keep_last)                                      # a kill may have come just before it
-    tokens_per_step = config.batch_size * model_config.seq_len
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters / 1e6:.2f} M parameters, {config.precision} on {device}, {tokens_per_step:,} tokens a step, "
-        f"{tokens_per_step * config.max_steps / windows.tokens:.2g} epochs" + f", continuing at step {step}" * bool(step))
-
-    def save(path):
-        with replacing(path) as temporary:
-            torch.save(plain({
-                "model": model.state_dict(), "model_config": dataclasses.asdict(model_config),
-                "optimizer": optimizer.state_dict(), "step": step, "best_loss": best_loss,
-                "recent_losses": list(spikes.recent), "skips": [skips, skips_in_a_row],
-                "config": dataclasses.asdict(config), "rng": rng_state(), "data": data}), temporary)
-        if path == latest:
-            keep(latest, step, config.keep_last)
-
-    signals, stop = stop_at_signals(), False
-    last_log, last_time = step, time.perf_counter()
-    with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * step, unit="tok", unit_scale=True,
-              disable=None) as bar:
-        while True:
-            if step and (step % config.eval_interval == 0 or step >= config.max_steps) and not stop:
-                result = evaluate(model, files["val"], manifest, config, device)
-                say(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
-                if result["val_loss"] < best_loss:
-                    best_loss = result["val_loss"]
-                    save(best)
-                log.write(step=step, tokens=step * tokens_per_step, **result)
-                last_log, last_time = step, time.perf_counter()
-            if step >= config.max_steps or stop:
-                break
-            lr = lr_at(step, config)
-            loss, grad_norm, spike, skip = train_step(model, optimizer, windows, step, config, device, spikes)
-            step += 1
-            bar.update(tokens_per_step)
-            skips, skips_in_a_row = skips + skip, skips_in_a_row + 1 if skip else 0
-            if spike or skip:
-                log.write(step=step, tokens=step * tokens_per_step, loss=loss, grad_norm=grad_norm, spike=spike,
-                          skipped=skip, skips=skips)
-                say(f"step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
-            if skips_in_a_row >= config.max_skips:
-                then = f"and --resume=changed, {latest} is from before" if latest.exists() else "from the start"
-                raise UserError(f"{skips_in_a_row} steps in a row had no finite loss or gradient: try a lower --lr {then}")
-            if step % config.log_interval == 0 or step == config.max_steps:
-                now = time.perf_counter()
-                speed = (step - last_log) * tokens_per_step / (now - last_time)
-                last_log, last_time = step, now
-                memory = f"{peak_memory(device) / 1e9:.2f} GB"
-                log.write(step=step, tokens=step * tokens_per_step, loss=loss, lr=lr, grad_norm=grad_norm,
-                          tokens_per_s=round(speed), time=round(time.time(), 3))
-                bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
-                if bar.disable:
-                    left = (config.max_steps - step) * tokens_per_step / speed
-                    say(f"step {step}/{config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
-                        f"{memory}, {left / 60:.1f} min left")
-            stop = bool(signals)                                                  # once a step: no stop without its save
-            if step % config.save_interval == 0 or step % config.eval_interval == 0 or step == config.max_steps or stop:
-                save(latest)
-    if stop:
-        say(f"stopped at step {step}; the same command continues")
-        raise SystemExit(128 + signals[0])
-    plot(out_dir)
-    say(f"done: python sample.py --out_dir={out_dir}")
+        run.restore(checkpoint)
+    run.open_folder(fresh=not checkpoint)
+    compile_blocks(run.model, config.compile, device)
+    tokens = config.batch_size * model_config.seq_len
+    say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
+        f"{tokens:,} tokens a step, {tokens * config.max_steps / windows.tokens:.2g} epochs"
+        + f", continuing at step {run.step}" * bool(run.step))
+    run.train(windows, val_files, manifest)
+    plot(run.out_dir)
+    say(f"done: python sample.py --out_dir={run.out_dir}")
 
 
-def is_finished(log_file, step, config):
+def is_finished(config, step):
     """Is the last step made, and its evaluation, which comes after the save, in the log?"""
-    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in Log.read(log_file))
+    records = Log.read(Path(config.out_dir, "metrics.jsonl"))
+    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
 
 
 def load_optimizer(optimizer, state):
