@@ -29,6 +29,7 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Feature maps phi: what stands in for the softmax. Each works on the last dimension, any leading shape.
@@ -409,7 +410,10 @@ class Linear(nn.Module):
             v = F.silu(v)                                                         # as [5, 6]; q and k get their map
         form = (linear_attention_bidirectional if not config.causal else linear_attention_recurrent if T == 1 else
                 functools.partial(linear_attention_chunked, chunk_size=config.chunk_size))
-        y, S = self.attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
+        attend = self.attend
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():        # what a form stores is cheap to remake
+            attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        y, S = attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
         if config.normaliser == "rms":
             y = self.norm(y.to(self.norm.weight.dtype))
         y = unheads(y)
