@@ -31,6 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import kernels
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Feature maps phi: what stands in for the softmax. Each works on the last dimension, any leading shape.
 
@@ -408,10 +410,14 @@ class Linear(nn.Module):
         q, k, v = (heads(z, config.n_heads) for z in qkv.split([config.n_heads * w for w in (self.K, self.K, self.V)], -1))
         if config.short_conv:
             v = F.silu(v)                                                         # as [5, 6]; q and k get their map
-        form = (linear_attention_bidirectional if not config.causal else linear_attention_recurrent if T == 1 else
-                functools.partial(linear_attention_chunked, chunk_size=config.chunk_size))
-        attend = self.attend
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():        # what a form stores is cheap to remake
+        form, attend = functools.partial(linear_attention_chunked, chunk_size=config.chunk_size), self.attend
+        if not config.causal:
+            form = linear_attention_bidirectional
+        elif T == 1:
+            form = linear_attention_recurrent
+        elif kernels.available(q, v):                                             # the chunked form again, on a GPU
+            form = kernels.linear_attention_triton
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():      # what the form stores is cheap to remake
             attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
         y, S = attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
         if config.normaliser == "rms":

@@ -1,0 +1,519 @@
+"""The chunked form on a GPU: the one operation of model.py and its gradients, in Triton. Used on CUDA, never required.
+
+Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
+again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
+in the dtype of the matrix products (bf16 inputs: bf16; a product would round it anyway; sums over time stay in fp32).
+
+With c the running sum of g in a chunk of C tokens, D_ij = exp(c_i - c_j) for i >= j else 0, P = (Q K^T) D and, for the
+delta rule, X = (I + tril(b K K^T D, -1))^{-1}:
+
+    U  = V                            or, delta rule,    U = X b R,   R = V - exp(c) K S_0
+    Y  = exp(c) Q S_0 + P U                              S_1 = exp(c_C) S_0 + K^T exp(c_C - c) U
+
+  forward    invert          X of every chunk                                         (delta rule only)
+             scan_forward    S_0 of every chunk, one after the other
+             outputs         Y of every chunk
+  backward   row_dots        gradient of the normaliser z                             (normaliser only)
+             scan_backward   dS_1 of every chunk, last to first
+             gradients       dq, dk, dv, dg, db of every chunk
+
+Scans run in parallel over batch, head and blocks of V; the others over chunks too. Nothing else is kept for backward: P
+and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y = Y / z with z = exp(c) Q Z_0 + P 1,
+where Z is the state's ones column, kept as a vector beside S.
+"""
+import types
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                                                               # then available() is False
+    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda kernel: kernel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the kernels share. A tensor (B,H,T,D) comes as a tuple of its pointer and its strides over B, H and T, so that
+# transposed views need no copy. bh numbers the pairs of batch and head.
+
+
+@jit
+def load(x, bh, H, row, rows, col, cols, R: tl.constexpr, C: tl.constexpr):
+    """The (R,C) tile of x[b, h] that starts at (row, col); zeros from rows and from cols on."""
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    start = x[0] + (bh // H) * x[1] + (bh % H) * x[2] + tl.cast(row, tl.int64) * x[3] + col
+    return tl.load(start + (i * x[3] + j), mask=(row + i < rows) & (col + j < cols), other=0)
+
+
+@jit
+def store(x, tile, bh, H, row, rows, col, cols, R: tl.constexpr, C: tl.constexpr):
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    start = x[0] + (bh // H) * x[1] + (bh % H) * x[2] + tl.cast(row, tl.int64) * x[3] + col
+    tl.store(start + (i * x[3] + j), tile, mask=(row + i < rows) & (col + j < cols))
+
+
+@jit
+def load_row(x, start, n, fill, C: tl.constexpr):
+    """x[start : start + C] of a contiguous x, with fill from start + n on."""
+    i = tl.arange(0, C)
+    return tl.load(x + start + i, mask=i < n, other=fill).to(tl.float32)
+
+
+@jit
+def store_row(x, row, start, n, C: tl.constexpr):
+    i = tl.arange(0, C)
+    tl.store(x + start + i, row, mask=i < n)
+
+
+@jit
+def dot(a, b, PREC: tl.constexpr):
+    """a @ b, summed in fp32; PREC is what its operands are rounded to."""
+    if PREC == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PREC)
+
+
+@jit
+def decays(g, start, n, C: tl.constexpr, DECAY: tl.constexpr):
+    """c, and the factors exp(c) from the chunk's start, exp(c_C - c) to its end, exp(c_C) through it."""
+    if DECAY:
+        c = tl.cumsum(load_row(g, start, n, 0.0, C), 0)
+        end = tl.sum(tl.where(tl.arange(0, C) == C - 1, c, 0.0), 0)
+        return c, tl.exp(c), tl.exp(end - c), tl.exp(end)
+    else:
+        one = tl.full((C,), 1.0, tl.float32)
+        return one, one, one, 1.0
+
+
+@jit
+def decayed(scores, c, C: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr):
+    """scores * D, without the diagonal if so asked. Masked before exp, never exp(c_i) exp(-c_j): both can overflow."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    seen = (i >= j) if DIAGONAL else (i > j)
+    if DECAY:
+        return scores * tl.exp(tl.where(seen, c[:, None] - c[None, :], float("-inf")))
+    else:
+        return tl.where(seen, scores, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+@jit
+def invert(k, g, b, x, H, T, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
+           DECAY: tl.constexpr, PREC: tl.constexpr):
+    """X = (I + L)^{-1} with L = tril(b K K^T D, -1), for one chunk.
+
+    Inverses of the diagonal blocks of n tokens give those of 2n: of [[A, 0], [M, B]] it is [[A', 0], [-B' M A', B']],
+    which on the whole matrix is X - X M X, M holding the lower left quarters. LOG_C doublings, from X = I.
+    """
+    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * C
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    keys = load(k, bh, H, t, T, 0, K, C, BK)
+    c, _, _, _ = decays(g, bh * T + t, T - t, C, DECAY)
+    beta = load_row(b, bh * T + t, T - t, 0.0, C)
+    L = beta[:, None] * decayed(dot(keys, tl.trans(keys), PREC), c, C, DECAY, False)
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
+    for level in tl.static_range(1, LOG_C):
+        M = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level > j >> level), L, 0.0)
+        X -= dot(X, dot(M, X, "tf32" if PREC == "bf16" else PREC), "tf32" if PREC == "bf16" else PREC)
+    store(x, X, bh, H, t, t + C, 0, C, C, C)
+
+
+@jit
+def scan_forward(k, v, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr,
+                 PREC: tl.constexpr):
+    """S_1 = exp(c_C) S_0 + K^T exp(c_C - c) U, chunk after chunk, for BV columns; writes each S_0 (and Z_0, and U)."""
+    bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
+    S = load(state, bh, H, 0, K, first, V, BK, BV)
+    if NORM == "own":
+        Z = tl.sum(load(state, bh, H, 0, K, V, V + 1, BK, 1), 1)
+    for n in range(N):
+        t = n * C
+        store(starts, S, bh, H, n * K, n * K + K, first, V, BK, BV)
+        keys = load(k, bh, H, t, T, 0, K, C, BK)
+        values = load(v, bh, H, t, T, first, V, C, BV)
+        _, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
+        if NORM == "own":
+            if first == 0:
+                store_row(zs, Z, (bh * N + n) * K, K, BK)
+            Z = through * Z + tl.sum(keys * to_end[:, None], 0)
+        if DELTA:
+            beta = load_row(b, bh * T + t, T - t, 0.0, C)
+            residual = values - from_start[:, None] * dot(keys, S, PREC)
+            values = dot(load(x, bh, H, t, t + C, 0, C, C, C), beta[:, None] * residual, PREC)
+            store(u, values, bh, H, t, T, first, V, C, BV)
+        S = through * S + dot(tl.trans(keys), values * to_end[:, None], PREC)
+    store(final, S, bh, H, 0, K, first, V, BK, BV)
+    if NORM == "own":
+        if first == 0:
+            store(final, Z[:, None], bh, H, 0, K, V, V + 1, BK, 1)
+
+
+@jit
+def outputs(q, k, u, g, starts, zs, z, y, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+            BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+    """Y = exp(c) Q S_0 + P U for BV columns of one chunk, divided by z: its own (which it writes), or a given one."""
+    n, bh, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
+    t = n * C
+    queries, keys = load(q, bh, H, t, T, 0, K, C, BK), load(k, bh, H, t, T, 0, K, C, BK)
+    c, from_start, _, _ = decays(g, bh * T + t, T - t, C, DECAY)
+    P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
+    Y = from_start[:, None] * dot(queries, load(starts, bh, H, n * K, n * K + K, first, V, BK, BV), PREC)
+    Y += dot(P, load(u, bh, H, t, T, first, V, C, BV), PREC)
+    if NORM == "own":
+        Z = load_row(zs, (bh * N + n) * K, K, 0.0, BK)
+        own = from_start * tl.sum(queries * Z[None, :], 1) + tl.sum(P, 1) + 1e-6
+        Y /= own[:, None]
+        if first == 0:
+            store_row(z, own, bh * T + t, T - t, C)
+    if NORM == "given":
+        Y /= load_row(z, bh * T + t, T - t, 1.0, C)[:, None]
+    store(y, Y, bh, H, t, T, first, V, C, BV)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Backward. d in front of a name: the gradient with respect to it.
+
+
+@jit
+def row_dots(y, dy, z, dz, H, T, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
+    """dz = -sum(dy y) / z, for C tokens."""
+    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * C
+    product = load(y, bh, H, t, T, 0, V, C, BV).to(tl.float32) * load(dy, bh, H, t, T, 0, V, C, BV)
+    store_row(dz, -tl.sum(product, 1) / load_row(z, bh * T + t, T - t, 1.0, C), bh * T + t, T - t, C)
+
+
+@jit
+def scan_backward(q, k, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T, N, K: tl.constexpr, V: tl.constexpr,
+                  C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+                  NORM: tl.constexpr, PREC: tl.constexpr):
+    """dS_0 = exp(c_C) dS_1 + Q^T exp(c) dY - K^T exp(c) b dX, last chunk first; writes each dS_1 (and dZ_1).
+
+    The last term is the delta rule's: dX = X^T (P^T dY + exp(c_C - c) K dS_1), the gradient of b R, left where dv goes.
+    """
+    bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
+    dS = load(dfinal, bh, H, 0, K, first, V, BK, BV)
+    if NORM == "own":
+        dZ = tl.sum(load(dfinal, bh, H, 0, K, V, V + 1, BK, 1), 1)
+    for step in range(N):
+        n = N - 1 - step
+        t = n * C
+        store(dends, dS, bh, H, n * K, n * K + K, first, V, BK, BV)
+        queries = load(q, bh, H, t, T, 0, K, C, BK)
+        dY = load(dy, bh, H, t, T, first, V, C, BV)
+        c, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
+        if NORM == "own":
+            if first == 0:
+                store_row(dzs, dZ, (bh * N + n) * K, K, BK)
+            dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
+            dZ = through * dZ + tl.sum(queries * (from_start * dz_t)[:, None], 0)
+        if NORM != "none":
+            from_start /= load_row(z, bh * T + t, T - t, 1.0, C)
+        dS_0 = through * dS + dot(tl.trans(queries), dY * from_start[:, None], PREC)
+        if DELTA:
+            keys = load(k, bh, H, t, T, 0, K, C, BK)
+            beta = load_row(b, bh * T + t, T - t, 0.0, C)
+            P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
+            dU = dot(tl.trans(P), dY, PREC) + to_end[:, None] * dot(keys, dS, PREC)
+            dX = dot(tl.trans(load(x, bh, H, t, t + C, 0, C, C, C)), dU, PREC)
+            store(dr, dX, bh, H, t, T, first, V, C, BV)
+            dS_0 -= dot(tl.trans(keys), (beta * from_start)[:, None] * dX, PREC)
+        dS = dS_0
+    store(dstate, dS, bh, H, 0, K, first, V, BK, BV)
+    if NORM == "own":
+        if first == 0:
+            store(dstate, dZ[:, None], bh, H, 0, K, V, V + 1, BK, 1)
+
+
+@jit
+def gradients(q, k, v, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, dg, db, H, T, N, K: tl.constexpr,
+              V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+              DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+    """All gradients of one chunk, given S_0 and dS_1. With dP = tril(dY U^T) D and e the exponentials of decays():
+
+        dQ = e dY S_0^T + dP K         dV = P^T dY + e K dS_1                               (delta rule: dV = b dX)
+        dK = e U dS_1^T + dP^T Q       - b e dX S_0^T + (G + G^T) K,   G = -b tril(dX U^T, -1) D      (delta rule)
+        db = dX . R - rows of tril(dX U^T, -1) D (K K^T)
+        dg_t = what passes over step t: every product of a later and an earlier token (or state), times its gradient
+    """
+    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    t = n * C
+    keys = load(k, bh, H, t, T, 0, K, C, BK)
+    c, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
+    dK = tl.zeros((C, BK), tl.float32)
+    dc = tl.zeros((C,), tl.float32)                                               # of c_i where it is added
+    passed = tl.zeros((C,), tl.float32)                                           # of c_C - c_j
+    whole = 0.0                                                                   # of c_C alone
+
+    if DELTA:                                                                     # 1. through U = X b R
+        X = load(x, bh, H, t, t + C, 0, C, C, C)
+        beta = load_row(b, bh * T + t, T - t, 0.0, C)
+        dL = tl.zeros((C, C), tl.float32)
+        dbeta = tl.zeros((C,), tl.float32)
+        for first in range(0, V, BV):
+            S = load(starts, bh, H, n * K, n * K + K, first, V, BK, BV)
+            dX = load(dv, bh, H, t, T, first, V, C, BV).to(tl.float32)            # scan_backward left it there
+            R = load(v, bh, H, t, T, first, V, C, BV) - from_start[:, None] * dot(keys, S, PREC)
+            dbeta += tl.sum(dX * R, 1)
+            dL -= dot(dX, tl.trans(dot(X, beta[:, None] * R, PREC)), PREC)
+            dKS = (beta * from_start)[:, None] * dot(dX, tl.trans(S), PREC)
+            dK -= dKS
+            if DECAY:
+                dc -= tl.sum(keys * dKS, 1)
+        dL = decayed(dL, c, C, DECAY, False)
+        pairs = dL * dot(keys, tl.trans(keys), PREC)
+        dbeta += tl.sum(pairs, 1)
+        store_row(db, dbeta, bh * T + t, T - t, C)
+        if DECAY:
+            pairs = beta[:, None] * pairs
+            dc += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        G = beta[:, None] * dL
+        dK += dot(G + tl.trans(G), keys, PREC)
+
+    queries = load(q, bh, H, t, T, 0, K, C, BK)                                   # 2. through Y and S_1
+    P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
+    if NORM == "none":
+        over_z = tl.full((C,), 1.0, tl.float32)
+    else:
+        over_z = 1 / load_row(z, bh * T + t, T - t, 1.0, C)
+    dP = tl.zeros((C, C), tl.float32)
+    dQ = tl.zeros((C, BK), tl.float32)
+    for first in range(0, V, BV):
+        S = load(starts, bh, H, n * K, n * K + K, first, V, BK, BV)
+        dS = load(dends, bh, H, n * K, n * K + K, first, V, BK, BV)
+        dY = load(dy, bh, H, t, T, first, V, C, BV)
+        U = load(v, bh, H, t, T, first, V, C, BV)
+        if DELTA:
+            R = U - from_start[:, None] * dot(keys, S, PREC)
+            U = dot(X, beta[:, None] * R, PREC)
+            dV = beta[:, None] * load(dv, bh, H, t, T, first, V, C, BV)
+        else:
+            dV = dot(tl.trans(over_z[:, None] * P), dY, PREC) + to_end[:, None] * dot(keys, dS, PREC)
+        store(dv, dV, bh, H, t, T, first, V, C, BV)
+        dP += dot(dY, tl.trans(U), PREC)
+        dQ += dot(dY, tl.trans(S), PREC)
+        late = to_end[:, None] * dot(U, tl.trans(dS), PREC)
+        dK += late
+        if DECAY:
+            passed += tl.sum(keys * late, 1)
+            whole += tl.sum(tl.sum(S.to(tl.float32) * dS, 1), 0)
+    dP, dQ = over_z[:, None] * dP, (over_z * from_start)[:, None] * dQ
+    if NORM == "own":
+        dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
+        Z, dZ = load_row(zs, (bh * N + n) * K, K, 0.0, BK), load_row(dzs, (bh * N + n) * K, K, 0.0, BK)
+        dP += dz_t[:, None]
+        dQ += (from_start * dz_t)[:, None] * Z[None, :]
+        late = to_end[:, None] * dZ[None, :]
+        dK += late
+        passed += tl.sum(keys * late, 1)
+        whole += tl.sum(Z * dZ, 0)
+    if DECAY:
+        pairs = P * dP
+        dc += tl.sum(queries * dQ, 1) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    dP = decayed(dP, c, C, DECAY, True)
+    dQ += dot(dP, keys, PREC)
+    dK += dot(tl.trans(dP), queries, PREC)
+    store(dq, dQ, bh, H, t, T, 0, K, C, BK)
+    store(dk, dK, bh, H, t, T, 0, K, C, BK)
+    if DECAY:
+        dg_t = tl.cumsum(dc, 0, reverse=True) + tl.cumsum(passed, 0) - passed + through * whole
+        store_row(dg, dg_t, bh * T + t, T - t, C)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The launches, as two operators that PyTorch knows by name: torch.compile takes them as they are. The two functions
+# that allocate their results double as their shape rules.
+
+
+def _power(n):
+    return 1 << (n - 1).bit_length()
+
+
+def _sizes(q, v, chunk_size):
+    """By rule: chunks of up to 64 tokens, whole rows of K and 64 columns of V; 32 where tiles of fp32 need the room.
+
+    Trap: tiles narrower than 128 bytes beside wider ones make ptxas 12.8 take matrix descriptors from registers that it
+    never wrote, and the GPU reads illegal addresses, sometimes. So K and V are padded to tiles of at least that.
+    """
+    K, V, BK = q.shape[-1], v.shape[-1], max(64, _power(q.shape[-1]))
+    most = 64 if q.dtype == torch.bfloat16 or BK == 64 else 32
+    C = max(16, min(_power(chunk_size), most))
+    precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
+    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=4 if BK == 64 else 8), -(-q.shape[2] // C), 32, most
+
+
+def _view(x):
+    """A tensor (B,H,T,D) as the kernels take it; its rows must be dense."""
+    if x is None:
+        return None
+    assert x.stride(-1) == 1 or x.shape[-1] == 1, f"rows must be dense, got strides {x.stride()}"
+    return x, *x.stride()[:3]
+
+
+def _dense(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _empty(x, dtype=None):
+    """Like x (B,H,T,D), but laid out (B,T,H,D), as the projections around the operation want it."""
+    return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _allocate(q, k, v, g, b, z, state, own, wide, chunk_size):
+    (B, H, T, K), V = q.shape, v.shape[-1]
+    sizes, N, _, _ = _sizes(q, v, chunk_size)
+    C, stored = sizes["C"], torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    y, final = _empty(v, torch.float32 if wide else q.dtype), torch.empty_like(state)
+    starts = q.new_empty(B, H, N * K, V, dtype=stored)
+    zs, own_z = (q.new_empty(shape if own else 0, dtype=torch.float32) for shape in ((B, H, N, K), (B, H, T)))
+    return y, final, starts, zs, own_z, q.new_empty((B, H, N * C, C) if b is not None else 0, dtype=stored)
+
+
+def _allocate_backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size):
+    dg, db, dz = (q.new_empty(0 if o is None else o.shape, dtype=torch.float32) for o in (g, b, z))
+    return _empty(q), _empty(k), _empty(v), dg, db, dz, torch.empty_like(dfinal)
+
+
+def _forward(q, k, v, g, b, z, state, own, wide, chunk_size):
+    y, final, starts, zs, own_z, x = _allocate(q, k, v, g, b, z, state, own, wide, chunk_size)
+    (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
+    sizes, N, scanned, columns = _sizes(q, v, chunk_size)
+    flags = dict(DECAY=g is not None, NORM="own" if own else "none" if z is None else "given")
+    q, k, v = map(_view, map(_dense, (q, k, v)))
+    u = _view(_empty(y, starts.dtype)) if delta else v
+    with torch.cuda.device_of(y):
+        if delta:
+            invert[N, B * H](k, g, b, _view(x), H, T, LOG_C=sizes["C"].bit_length() - 1, DECAY=g is not None,
+                             **{name: size for name, size in sizes.items() if name != "V"})
+        scan_forward[-(-V // scanned), B * H](
+            k, v, _view(x) if delta else None, g, b, _view(state), _view(starts), zs, u, _view(final), H, T, N,
+            BV=scanned, DELTA=delta, **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
+        outputs[N, B * H, -(-V // columns)](
+            q, k, u, g, _view(starts), zs, own_z if own else z, _view(y), H, T, N, BV=columns, **sizes, **flags)
+    return y, final, starts, zs, own_z, x
+
+
+def _backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size):
+    dq, dk, dv, dg, db, dz, dstate = _allocate_backward(
+        q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size)
+    (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
+    sizes, N, scanned, columns = _sizes(q, v, chunk_size)
+    flags = dict(DECAY=g is not None, DELTA=delta, NORM="own" if own else "none" if z is None else "given")
+    dends, dzs = torch.empty_like(starts), torch.empty_like(zs)
+    q, k, v, dy, starts_, dends_ = map(_view, (*map(_dense, (q, k, v, dy)), starts, dends))
+    x = _view(x) if delta else None
+    with torch.cuda.device_of(starts):
+        if z is not None:
+            row_dots[-(-T // 32), B * H](_view(y), dy, z, dz, H, T, V=V, C=32, BV=max(16, _power(V)))
+        scan_backward[-(-V // scanned), B * H](
+            q, k, x, g, b, z, dz, dy, _view(dfinal), dends_, dzs, _view(dv), _view(dstate), H, T, N, BV=scanned,
+            **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
+        gradients[N, B * H](
+            q, k, v, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dg, db, H, T, N,
+            BV=columns, **sizes, **flags, num_stages=1)
+    return dq, dk, dv, dg, db, dz, dstate
+
+
+def _save(ctx, inputs, output):
+    q, k, v, g, b, z, state, ctx.own, wide, ctx.chunk_size = inputs
+    y, final, starts, zs, own_z, x = output
+    z = own_z if ctx.own else z
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, b, z, y if z is not None else None, starts, zs, x, final)
+
+
+torch.library.define("lat::linear_attention", (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? z, Tensor state, bool own, bool wide, int chunk_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+torch.library.define("lat::linear_attention_backward", (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? z, Tensor? y, Tensor starts, Tensor zs, Tensor x, "
+    "Tensor dy, Tensor dfinal, bool own, int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+
+
+def _differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_backward):
+    q, k, v, g, b, z, y, starts, zs, x, final = ctx.saved_tensors
+    dy = torch.zeros_like(v) if dy is None else dy
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal.contiguous()
+    dq, dk, dv, dg, db, dz, dstate = backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, ctx.own, ctx.chunk_size)
+    return (dq, dk, dv, None if g is None else dg, None if b is None else db, None if z is None or ctx.own else dz,
+            dstate, None, None, None)
+
+
+torch.library.impl("lat::linear_attention", "default", _forward)
+torch.library.impl("lat::linear_attention_backward", "default", _backward)
+torch.library.register_fake("lat::linear_attention", _allocate)
+torch.library.register_fake("lat::linear_attention_backward", _allocate_backward)
+torch.library.register_autograd("lat::linear_attention", _differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the operators' dispatch, which costs more time on the CPU than the kernels need on the GPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _differentiate(ctx, *grads, backward=_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What model.py calls
+
+
+def available(q, v):
+    """Whether the kernels run on these: Triton, an Nvidia GPU from Ampere on, widths up to 256, 16 or 32 bits."""
+    return (triton is not None and q.is_cuda and torch.version.hip is None
+            and torch.cuda.get_device_capability(q.device) >= (8, 0) and max(q.shape[-1], v.shape[-1]) <= 256
+            and q.dtype in (torch.bfloat16, torch.float16, torch.float32))
+
+
+def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None,
+                            chunk_size=64):
+    """linear_attention_chunked of model.py, whose contract (_form) holds, in 3 to 6 kernels: O(T C) work, O(T) memory.
+
+    Args: as _form; views that are not contiguous cost no copy if their last dimension is dense.
+    Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32, one column more with divide_by.
+    Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
+    """
+    own = divide_by is not None and divide_by[0] is q and divide_by[1] is k
+    if expand is not None:
+        divide_by = None if divide_by is None else tuple(map(expand.phi, divide_by))
+        q, k = expand.phi(q), expand.phi(k)
+    B, H, T, K = q.shape
+    V = v.shape[-1]
+    shape = (B, H, K, V + (divide_by is not None))
+    for name, x, wanted in (("k", k, (B, H, T, K)), ("v", v, (B, H, T, V)), ("log_decay", log_decay, (B, H, T)),
+                            ("beta", beta, (B, H, T)), ("state", state, shape)):
+        if x is not None and x.shape != wanted:
+            raise ValueError(f"{name} must have shape {wanted} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+    if beta is not None and divide_by is not None:
+        raise ValueError("divide_by needs a sum of weights, and with beta there is none")
+    pad = -K % 16                                                                 # aligned rows load 16 bytes at once
+    if pad:
+        q, k, *divide_by = (F.pad(x, (0, pad)) for x in (q, k, *(divide_by or ())))
+    g, b = (x if x is None else x.float().contiguous() for x in (log_decay, beta))
+    if state is None:
+        state = q.new_zeros(B, H, K + pad, shape[-1], dtype=torch.float32)
+    else:
+        state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
+    run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
+    if own or not divide_by:
+        y, state, *_ = run(q, k, v, g, b, None, state, own, False, chunk_size)
+        return y, state[:, :, :K]
+    # A denominator with its own q and k: a pass over a column of ones gives z, another divides by it.
+    S, Z = state.split([V, 1], dim=-1)
+    ones = v.new_ones(()).expand(B, H, T, 1)
+    z, Z, *_ = run(*divide_by, ones, g, None, None, Z.contiguous(), False, True, chunk_size)
+    y, S, *_ = run(q, k, v, g, None, (z[..., 0] + 1e-6).contiguous(), S.contiguous(), False, False, chunk_size)
+    return y, torch.cat([S, Z], dim=-1)[:, :, :K]
