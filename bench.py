@@ -12,11 +12,14 @@ weights once, at a bandwidth measured at the start, over the time of a step.
 import dataclasses
 import json
 import statistics
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
 
 import torch
 import torch.nn.functional as F

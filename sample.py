@@ -6,11 +6,14 @@
     python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95 --max_new_tokens=1000
 """
 import codecs
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
 
 import torch
 from tqdm import tqdm

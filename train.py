@@ -26,6 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
+
 import numpy as np
 import torch
 from tqdm import tqdm
