@@ -395,7 +395,8 @@ def refuse_changes(path, checkpoint, config, model_config, data):
     """UserError that names what differs between a checkpoint and the run that wants to continue it."""
     then = checkpoint["config"] | checkpoint["model_config"] | checkpoint["data"]
     now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
-    changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in now if key not in FREE and then.get(key) != now[key]]
+    changed = ["the files of the dataset are others" if key == "sha256" else f"{key} was {then.get(key)}, now {now[key]}"
+               for key in now if key not in FREE and then.get(key) != now[key]]
     if changed:
         raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of then, "
                         "--resume=changed to go on with the new ones, or --resume=false to start over")
