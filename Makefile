@@ -13,7 +13,7 @@ help:
 demo: .venv/ready
 	$(PY) prepare.py --dataset=stdlib
 	$(PY) train.py config/tiny.py
-	$(PY) sample.py --out_dir=out/tiny --prompt='def '
+	$(PY) sample.py --out_dir=out/tiny --prompt='def ' --temperature=0.4
 
 test: .venv/ready
 	$(PY) -m pytest tests

@@ -727,7 +727,8 @@ def main(argv=None):
         print(f"  {example}")
     preset = "tiny" if manifest["tokenizer"] == "bytes" else "base"
     data_dir = f" --data_dir={config.data_dir}" * (config.data_dir != "data")
-    print(f"next: python train.py config/{preset}.py --dataset={config.dataset}{data_dir}")
+    out_dir = f" --out_dir=out/{config.dataset}" * (config.dataset not in ("c4", "stdlib"))  # one folder, one run
+    print(f"next: python train.py config/{preset}.py --dataset={config.dataset}{data_dir}{out_dir}")
 
 
 if __name__ == "__main__":
