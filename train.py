@@ -9,6 +9,7 @@ Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowe
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state, and grad_accum only splits it.
 """
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -96,11 +97,23 @@ def pick_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): try --device=cpu") from None
+
+
+def keep_freed_memory():
+    """Has glibc reuse large blocks. By default it returns each to the kernel, which maps and zeroes it anew for the next
+    tensor: base trained at 441 tokens/s on two cores with that, and at 653 without."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):                                  # not glibc: macOS, Windows, musl
+        return
+    mallopt(-4, 0), mallopt(-1, -1)                                               # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def bf16_speedup(device):

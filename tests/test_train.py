@@ -721,3 +721,13 @@ def test_compiled_blocks_give_the_same_curve_and_plain_names(run, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     names = [train.load_checkpoint(tmp_path / at / "out/ckpt.pt")["model"].keys() for at in ("plain", "compiled")]
     assert names[0] == names[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc's malloc")
+def test_a_large_tensor_takes_memory_that_was_freed_before():
+    train.pick_device("cpu")
+    faults = []
+    for _ in range(3):
+        torch.zeros(2**24)                                                        # 64 MB, 16,384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[2] - faults[1] < 1000
