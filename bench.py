@@ -3,16 +3,18 @@
     python bench.py                                            the base model: training, evaluation, decoding, the operation
     python bench.py config/gated_deltanet.py --seq_lens=1024,4096 --parts=train
     python bench.py --precision=bf16 --compile=true --json=bench.json --plot=bench.png
+    python bench.py --parts=card --out_dir=out/base            the paper card: perplexity, memory a sequence, tokens/s
 
 Every figure is the median of `repeats` runs after a warm-up, ours and the peer's in turn, with the spread (max - min) /
 median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each parameter
 and token, over the rate of a large matrix product measured at the start; for decoding it is the time to read all
-weights once, at a bandwidth measured at the start, over the time of a step.
+weights once, at a bandwidth measured at the start, over the time of a step. "FLOPs" is the operations of the softmax
+model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost nothing.
 """
 import dataclasses
 import json
-import statistics
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -25,19 +27,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import kernels
 from configurator import UserError, command, configure
-from model import LM, ModelConfig, linear_attention_chunked
-from train import (TrainConfig, autocast, compile_blocks, make_optimizer, peak_memory, pick_device, pick_precision,
-                   replacing, say)
+from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked
+from prepare import open_split, read_manifest
+from sample import state_bytes
+from train import (TrainConfig, Windows, autocast, compile_blocks, evaluate, load_checkpoint, load_model, make_optimizer,
+                   peak_memory, pick_device, pick_precision, replacing, say)
 
 
 @dataclass
 class BenchConfig:
-    parts: str = "train,eval,decode,op"  # what to measure
+    parts: str = "train,eval,decode,op"  # what to measure; card: the checkpoint in out_dir
     seq_lens: str = "256,1024,4096"  # lengths T to train, evaluate and run the operation at
     positions: str = "100,10000"     # lengths of the text before the tokens that are decoded
+    prefill: int = 4096              # most tokens of it that are read; longer ones repeat the cache that these made
     tokens: int = 8192               # tokens in a step: tokens / T sequences
-    decode_batch: int = 1            # texts decoded at once
+    decode_batch: str = "1"          # numbers of texts decoded at once
     repeats: int = 5                 # measurements of each figure
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
@@ -46,15 +52,18 @@ class BenchConfig:
     plot: str = ""                   # also draw them to this file: needs matplotlib
 
     def __post_init__(self):
-        for key in ("tokens", "decode_batch", "repeats"):
+        for key in ("tokens", "prefill", "repeats"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         try:
-            self.lengths, self.past = ([int(n) for n in text.split(",")] for text in (self.seq_lens, self.positions))
+            self.lengths, self.past, self.batches = (
+                [int(n) for n in text.split(",")] for text in (self.seq_lens, self.positions, self.decode_batch))
         except ValueError:
-            raise ValueError("seq_lens and positions are whole numbers separated by commas, as in 256,1024") from None
-        if unknown := set(self.parts.split(",")) - {"train", "eval", "decode", "op"}:
-            raise ValueError(f"parts are train, eval, decode and op, not {', '.join(sorted(unknown))}")
+            raise ValueError("seq_lens, positions and decode_batch are whole numbers separated by commas: 256,1024") from None
+        if min(self.lengths + self.past + self.batches) < 1:
+            raise ValueError("seq_lens, positions and decode_batch must be at least 1")
+        if unknown := set(self.parts.split(",")) - {"train", "eval", "decode", "op", "card"}:
+            raise ValueError(f"parts are train, eval, decode, op and card, not {', '.join(sorted(unknown))}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,47 +128,85 @@ def evaluation(config, T, bench, device):
     return step
 
 
-def decoding(config, past, bench, device, steps=32):
-    """Decodes `steps` tokens after a text of `past`: the prompt is short, and then the state is made as long."""
-    dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
+def decoding(config, past, B, bench, device, steps=32):
+    """(a call that decodes `steps` tokens in B texts of `past` tokens, seconds to read one of those, bytes of its state)"""
+    dtype, read = torch.bfloat16 if bench.precision == "bf16" else torch.float32, min(past, bench.prefill)
     model = LM(dataclasses.replace(config, seq_len=past + 2 * steps)).to(device, dtype).eval()
-    prompt = random_tokens(config, bench.decode_batch, min(past, 64), device)
-    token = prompt[:, :1]
+    prompt = random_tokens(config, B, read, device)
+    token, seen = prompt[:, :1], {}
 
-    def grow(layer, mixer):
-        if mixer != "softmax":
+    def grow(layer, mixer):                                                       # only softmax's state depends on past
+        if mixer != "softmax" or past == read:
             return layer
-        return tuple(z.repeat(1, 1, -(-past // z.shape[2]), 1)[:, :, :past].contiguous() for z in layer)
-    with torch.no_grad():
-        state = model(prompt)[1]
-    pattern = config.mixers * config.depth
-    state = {"tokens": torch.full_like(state["tokens"], past), "layers": [grow(*pair) for pair in zip(state["layers"], pattern)]}
+        return tuple(z.repeat(1, 1, -(-past // read), 1)[:, :, :past].contiguous() for z in layer)
+
+    @torch.no_grad()
+    def fill():
+        seen["state"] = model.hidden(prompt)[1]
+    fill()
+    took = seconds(fill, device) / (B * read)
+    layers, pattern = seen["state"]["layers"], config.mixers * config.depth
+    state = {"tokens": torch.full_like(seen["state"]["tokens"], past), "layers": [grow(*pair) for pair in zip(layers, pattern)]}
 
     @torch.no_grad()
     def step():
         now = state
         for _ in range(steps):
             _, now = model(token, state=now)
-    return step
+    return step, took, state_bytes(state) / B
 
 
-def operation(attend, T, bench, device):
-    """Forward and backward of the operation alone: elu+1 with its normaliser, or softmax, 8 heads of 64."""
-    dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
-    q, k, v = (torch.randn(bench.tokens // T, 8, T, 64, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-
-    def step():
-        torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
-    return step
-
-
-def elu_attention(q, k, v):
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    return linear_attention_chunked(q, k, v, divide_by=(q, k))[0]
+def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=False):
+    """The operation as the linear mixer runs it: the feature map and the form that is fastest here."""
+    phi = FEATURE_MAPS[feature_map]
+    expand = phi if phi.kernel else None
+    if expand is None:
+        q, k = phi.phi(q), phi.phi(k)
+    form = kernels.linear_attention_triton if kernels.available(q, v, expand) else linear_attention_chunked
+    return form(q, k, v, log_decay, beta, expand=expand, divide_by=(q, k) if normalise else None)[0]
 
 
-def softmax_attention(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def operations(T, bench, device):
+    """{name: (forward, forward and backward)} of the operation alone, on the same inputs: 8 heads of 64."""
+    dtype, B = torch.bfloat16 if bench.precision == "bf16" else torch.float32, max(1, bench.tokens // T)
+    q, k, v = (torch.randn(B, 8, T, 64, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    q16, k16 = (z[..., :16].detach().clone().requires_grad_() for z in (q, k))
+    g = F.logsigmoid(torch.randn(B, 8, T, device=device) + 4).requires_grad_()
+    beta = torch.rand(B, 8, T, device=device).requires_grad_()
+    compiled = bench.compile is True or bench.compile == "auto" and device.type == "cuda"
+    ours = torch.compile(attention, dynamic=False) if compiled and not kernels.available(q, v) else attention
+
+    def calls(attend, *inputs, **options):
+        @torch.no_grad()
+        def forward():
+            attend(*inputs, **options)
+
+        def both():
+            wanted = [x for x in inputs if x is not None]
+            torch.autograd.grad(attend(*inputs, **options).sum(), wanted)
+        return forward, both
+    table = {"softmax (SDPA)": calls(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+             "elu, normalised": calls(ours, q, k, v, feature_map="elu", normalise=True),
+             "taylor 16, normalised": calls(ours, q16, k16, v, feature_map="taylor", normalise=True),
+             "gated": calls(ours, q, k, v, g, feature_map="identity"),
+             "delta rule": calls(ours, q, k, v, None, beta, feature_map="silu_l2"),
+             "gated delta rule": calls(ours, q, k, v, g, beta, feature_map="silu_l2")}
+    return table | (peers(q, k, v, g, beta, calls) if device.type == "cuda" else {})
+
+
+def peers(q, k, v, g, beta, calls):
+    """flash-linear-attention's kernels on the same inputs, where it is installed. Its layout is (B,T,H,d)."""
+    try:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return {}
+    q, k, v, g, beta = (z.detach().transpose(1, 2).contiguous().requires_grad_() for z in (q, k, v, g, beta.to(q.dtype)))
+    unit = dict(use_qk_l2norm_in_kernel=True)
+    return {"fla gated": calls(lambda *x: chunk_simple_gla(*x)[0], q, k, v, g),
+            "fla delta rule": calls(lambda *x: chunk_delta_rule(*x, **unit)[0], q, k, v, beta),
+            "fla gated delta rule": calls(lambda *x: chunk_gated_delta_rule(*x, **unit)[0], q, k, v, g, beta)}
 
 
 def random_tokens(config, B, T, device):
@@ -217,7 +264,7 @@ def measure(bench, config, device):
     parameters = sum(p.numel() for p in LM(config).parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     print(f"{name}, {bench.precision}, torch {torch.__version__}: matrix products {flops / 1e12:.3g} TFLOP/s, memory "
-          f"{bandwidth / 1e9:,.0f} GB/s; {parameters / 1e6:.2f} M parameters, mixers {' '.join(config.mixers)}")
+          f"{bandwidth / 1e9:,.0f} GB/s; {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}, mixers {' '.join(config.mixers)}")
     figures = {"machine": name, "precision": bench.precision, "torch": torch.__version__, "flops": flops,
                "bandwidth": bandwidth, "parameters": parameters, "config": dataclasses.asdict(config)}
     parts = bench.parts.split(",")
@@ -229,6 +276,8 @@ def measure(bench, config, device):
             row = {"T": T, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
                    "spread": spread(mine, theirs), "of peak": round(speed * parameters * (6 if part == "train" else 2) / flops, 2)}
             if part == "train":
+                layers = (config.mixers * config.depth)[:config.depth]
+                row["FLOPs"] = round(1 + layers.count("linear") * T * config.dim / parameters, 2)    # causal: T/2 keys
                 row |= {f"MB a sequence": memory_per_sequence(config, T, bench, device) / 1e6,
                         "softmax MB": memory_per_sequence(peer, T, bench, device) / 1e6}
             rows.append(row)
@@ -237,55 +286,102 @@ def measure(bench, config, device):
             figures[part] = rows
     if "decode" in parts:
         rows = []
-        for past in tqdm(bench.past, desc="decode", disable=None, leave=False):
-            mine, theirs = race([decoding(c, past, bench, device) for c in (config, peer)], device, bench.repeats)
-            speed, peer_speed = (32 * bench.decode_batch / statistics.median(times) for times in (mine, theirs))
-            limit = bandwidth / (parameters * (2 if bench.precision == "bf16" else 4)) * bench.decode_batch
-            rows.append({"after": past, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
-                         "spread": spread(mine, theirs), "of peak": round(speed / limit, 2)})
-        table(f"Decoding, {bench.decode_batch} at once", rows)
+        for past, B in tqdm([(p, b) for b in bench.batches for p in bench.past], desc="decode", disable=None, leave=False):
+            (call, read, state), (peer_call, peer_read, cache) = (decoding(c, past, B, bench, device) for c in (config, peer))
+            mine, theirs = race([call, peer_call], device, bench.repeats)
+            speed, peer_speed = (32 * B / statistics.median(times) for times in (mine, theirs))
+            limit = bandwidth / (parameters * (2 if bench.precision == "bf16" else 4)) * B
+            rows.append({"texts": B, "after": past, "tokens/s": speed, "softmax": peer_speed,
+                         "ratio": round(speed / peer_speed, 2), "spread": spread(mine, theirs), "of peak": round(speed / limit, 2),
+                         "prefill tokens/s": 1 / read, "softmax prefill": 1 / peer_read, "MB a text": state / 1e6,
+                         "softmax MB": cache / 1e6})
+        table("Decoding", rows)
         figures["decode"] = rows
     if "op" in parts:
         rows = []
         for T in tqdm(bench.lengths, desc="op", disable=None, leave=False):
-            forms = (elu_attention, softmax_attention)
-            if bench.compile is True or bench.compile == "auto" and device.type == "cuda":
-                forms = (torch.compile(elu_attention, dynamic=False), softmax_attention)
-            mine, theirs = race([operation(f, T, bench, device) for f in forms], device, bench.repeats)
-            rows.append({"T": T, "linear, ms": statistics.median(mine) * 1e3, "softmax, ms": statistics.median(theirs) * 1e3,
-                         "ratio": round(statistics.median(theirs) / statistics.median(mine), 2), "spread": spread(mine, theirs)})
-        table("The operation alone, forward and backward, 8 heads of 64", rows)
+            works = {}
+            for name, pair in operations(T, bench, device).items():               # fla's kernels refuse some machines
+                try:
+                    works[name] = (pair, pair[0](), pair[1]())
+                except Exception as error:
+                    if not name.startswith("fla"):
+                        raise
+                    say(f"{name}: {(str(error) or repr(error)).splitlines()[0][:100]}")
+            times = race([call for pair, *_ in works.values() for call in pair], device, bench.repeats)
+            for name, *columns in zip(works, times[::2], times[1::2]):
+                forward, both = (statistics.median(column) for column in columns)
+                rows.append({"T": T, "operation": name, "forward, ms": forward * 1e3, "and backward, ms": both * 1e3,
+                             "times SDPA's speed": round(statistics.median(times[1]) / both, 2), "spread": spread(*columns)})
+        table("The operation alone, 8 heads of 64", rows)
         figures["op"] = rows
     return figures
 
 
+def card(bench, train_config, device):
+    """The paper card's three figures, of the best checkpoint in out_dir on its dataset's validation text."""
+    paths = [Path(train_config.out_dir, name) for name in ("best.pt", "ckpt.pt")]
+    checkpoint = load_checkpoint(next((path for path in paths if path.exists()), paths[1]))
+    folder = Path(train_config.data_dir, checkpoint["config"]["dataset"])
+    manifest = read_manifest(folder)
+    model, files = load_model(checkpoint, device), open_split(folder, manifest, "val")
+    compile_blocks(model, bench.compile, device)
+    T = model.config.seq_len
+    settings = dataclasses.replace(train_config, precision=bench.precision)
+    count = min(Windows(files, T, 0).total, -(-settings.eval_tokens // T))
+    results = []
+    times = race([lambda: results.append(evaluate(model, files, manifest, settings, device))], device, bench.repeats)[0]
+    row = {"perplexity": results[-1]["ppl"], "tokens": count * T, "T": T, "tokens/s evaluating": count * T / statistics.median(times),
+           "spread": spread(times), "MB a sequence in training": memory_per_sequence(model.config, T, bench, device) / 1e6}
+    table(f"The paper card, {checkpoint['config']['dataset']}", [row])
+    return row
+
+
 def plot(figures, path):
-    """Tokens per second against T, ours and softmax."""
+    """Cost of a token against T, training; and of its decoding, what one text's state takes: ours and softmax's."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for key, label in (("tokens/s", " ".join(figures["config"]["mixers"])), ("softmax", "softmax")):
-        axes.plot([row["T"] for row in figures["train"]], [row[key] for row in figures["train"]], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="sequence length T", ylabel="training tokens per second", title=figures["machine"])
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    panels = [("train", "T", "tokens/s", "softmax", "microseconds a token, training", lambda y: 1e6 / y, "sequence length T"),
+              ("decode", "after", "MB a text", "softmax MB", "MB of state a text, decoding", float, "tokens before")]
+    panels = [panel for panel in panels if panel[0] in figures]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for (part, x, mine, theirs, ylabel, cost, xlabel), ax in zip(panels, axes[0]):
+        rows = [row for row in figures[part] if row.get("texts") == figures[part][0].get("texts")]
+        for key, label in ((mine, " ".join(figures["config"]["mixers"])), (theirs, "softmax")):
+            ax.plot([row[x] for row in rows], [cost(row[key]) for row in rows], marker="o", label=label)
+        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        ax.legend()
+        ax.grid(alpha=0.3, which="both")
+    figure.suptitle(figures["machine"])
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
+def vocabulary(config, train_config):
+    """config with its dataset's vocabulary, unless a flag or file gave one; of a dataset not prepared, what it would have."""
+    if config.vocab_size == ModelConfig.vocab_size:
+        try:
+            config.vocab_size = read_manifest(Path(train_config.data_dir, train_config.dataset))["vocab_size"]
+        except UserError:
+            config.vocab_size = 257 if train_config.dataset == "stdlib" else config.vocab_size
+
+
 def main():
-    bench, config, _ = configure(sys.argv[1:], BenchConfig, ModelConfig, TrainConfig, doc=__doc__)
-    device = pick_device(bench.device)
+    bench, config, train_config = configure(sys.argv[1:], BenchConfig, ModelConfig, TrainConfig, doc=__doc__)
+    vocabulary(config, train_config)
+    device, parts = pick_device(bench.device), bench.parts.split(",")
     bench.precision = pick_precision(bench.precision, device)
     if device.type == "cuda" and bench.precision == "bf16":
         torch.set_float32_matmul_precision("high")
-    if bench.plot and "train" not in bench.parts.split(","):
-        raise UserError("--plot draws the training speeds: add train to --parts")
-    figures = measure(bench, config, device)
+    if bench.plot and not {"train", "decode"} & set(parts):
+        raise UserError("--plot draws training and decoding: add train or decode to --parts")
+    figures = {"card": card(bench, train_config, device)} if "card" in parts else {}
+    if parts != ["card"]:
+        figures |= measure(bench, config, device)
     say(f"peak memory of this process: {peak_memory(device) / 1e9:.2f} GB")
     if bench.json:
         with replacing(Path(bench.json)) as temporary:

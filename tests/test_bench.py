@@ -1,0 +1,86 @@
+"""bench.py: every part runs on a small model, and its figures are the ones it says."""
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+import prepare
+import train
+from configurator import UserError
+from model import ModelConfig
+
+SMALL = ["--dim=16", "--depth=2", "--n_heads=2", "--vocab_size=100", "--device=cpu", "--precision=fp32", "--repeats=2",
+         "--tokens=128"]
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    monkeypatch.setattr(bench, "machine_peaks", lambda device, dtype: (1e12, 1e10))
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
+    bench.main()
+
+
+@pytest.mark.parametrize("mixers", ["linear", "linear window"])
+def test_every_part_is_measured_and_written_as_json_and_picture(mixers, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *SMALL, f"--mixers={mixers}", "--seq_lens=32,64", "--positions=8,300", "--prefill=64", "--decode_batch=1,2",
+        f"--json={tmp_path / 'b.json'}", f"--plot={tmp_path / 'b.png'}")
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert [row["T"] for row in figures["train"]] == [row["T"] for row in figures["eval"]] == [32, 64]
+    assert [(row["texts"], row["after"]) for row in figures["decode"]] == [(1, 8), (1, 300), (2, 8), (2, 300)]
+    assert len({row["operation"] for row in figures["op"]}) == 6 and len(figures["op"]) == 12
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert "Training" in (out := capsys.readouterr().out) and "The operation alone" in out
+
+
+def test_the_state_of_linear_attention_is_flat_and_the_cache_grows():
+    config, options = ModelConfig(dim=16, depth=2, n_heads=2, vocab_size=100), bench.BenchConfig(prefill=64, precision="fp32")
+    for mixers, grows in (("linear", 1), ("softmax", 10)):
+        sizes = [bench.decoding(ModelConfig(**vars(config) | {"mixers": mixers}), past, 3, options, torch.device("cpu"))[2]
+                 for past in (40, 400)]
+        assert sizes[1] == pytest.approx(grows * sizes[0], rel=1e-3)
+
+
+def test_the_form_timed_is_the_operation():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 32, 8, dtype=torch.float64)
+    w = (torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).mT
+    y = (w.tril() @ v) / w.tril().sum(-1, keepdim=True)
+    torch.testing.assert_close(bench.attention(q, k, v, normalise=True), y, atol=1e-5, rtol=1e-5)
+
+
+def test_a_byte_dataset_is_measured_with_its_own_vocabulary(tmp_path):
+    for flags, wanted in (([], 257), (["--vocab_size=1000"], 1000)):
+        config, settings = bench.configure(["--dataset=stdlib", f"--data_dir={tmp_path}", *flags], ModelConfig, train.TrainConfig)
+        bench.vocabulary(config, settings)
+        assert config.vocab_size == wanted
+
+
+def test_the_card_evaluates_the_checkpoint(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (tmp_path / "a-val.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    common = ["--dataset=text", f"--data_dir={tmp_path / 'data'}"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *common, f"--data_files={tmp_path}/*.txt", "--tokenizer=bytes"])
+    prepare.main()
+    flags = [*common, f"--out_dir={tmp_path / 'out'}", "--precision=fp32", "--device=cpu", "--eval_tokens=512"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--dim=16", "--depth=1", "--n_heads=2", "--seq_len=16", "--max_steps=2",
+                                      "--batch_size=2", "--grad_accum=1"])
+    train.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--eval_only"])
+    capsys.readouterr()
+    train.main()
+    wanted = json.loads(capsys.readouterr().out)["ppl"]
+    run(monkeypatch, *flags, "--parts=card", "--repeats=1", f"--json={tmp_path / 'b.json'}")
+    row = json.loads((tmp_path / "b.json").read_text())["card"]
+    assert row["perplexity"] == pytest.approx(wanted, rel=1e-6) and row["MB a sequence in training"] > 0
+
+
+@pytest.mark.parametrize("flag, words", [("--parts=speed", "parts are"), ("--seq_lens=1k", "whole numbers"),
+                                         ("--decode_batch=0", "at least 1"), ("--repeats=0", "repeats must be")])
+def test_bad_values_are_refused_with_the_reason(flag, words, monkeypatch):
+    with pytest.raises(UserError, match=words):
+        run(monkeypatch, flag)
