@@ -19,7 +19,8 @@ delta rule, X = (I + tril(b K K^T D, -1))^{-1}:
 
 Scans run in parallel over batch, head and blocks of V; the others over chunks too. Nothing else is kept for backward: P
 and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y = Y / z with z = exp(c) Q Z_0 + P 1,
-where Z is the state's ones column, kept as a vector beside S.
+where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope turns
+the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
 """
 import types
 
@@ -125,13 +126,13 @@ def invert(k, g, b, x, H, T, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constex
 
 
 @jit
-def scan_forward(k, v, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr,
-                 PREC: tl.constexpr):
+def scan_forward(k, v, kz, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.constexpr, V: tl.constexpr,
+                 C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+                 NORM: tl.constexpr, PREC: tl.constexpr):
     """S_1 = exp(c_C) S_0 + K^T exp(c_C - c) U, chunk after chunk, for BV columns; writes each S_0 (and Z_0, and U)."""
     bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
     S = load(state, bh, H, 0, K, first, V, BK, BV)
-    if NORM == "own":
+    if NORM != "none":
         Z = tl.sum(load(state, bh, H, 0, K, V, V + 1, BK, 1), 1)
     for n in range(N):
         t = n * C
@@ -139,10 +140,11 @@ def scan_forward(k, v, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.cons
         keys = load(k, bh, H, t, T, 0, K, C, BK)
         values = load(v, bh, H, t, T, first, V, C, BV)
         _, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
-        if NORM == "own":
+        if NORM != "none":
             if first == 0:
                 store_row(zs, Z, (bh * N + n) * K, K, BK)
-            Z = through * Z + tl.sum(keys * to_end[:, None], 0)
+            z_keys = keys if NORM == "own" else load(kz, bh, H, t, T * (first == 0), 0, K, C, BK)
+            Z = through * Z + tl.sum(z_keys * to_end[:, None], 0)
         if DELTA:
             beta = load_row(b, bh * T + t, T - t, 0.0, C)
             residual = values - from_start[:, None] * dot(keys, S, PREC)
@@ -150,15 +152,15 @@ def scan_forward(k, v, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.cons
             store(u, values, bh, H, t, T, first, V, C, BV)
         S = through * S + dot(tl.trans(keys), values * to_end[:, None], PREC)
     store(final, S, bh, H, 0, K, first, V, BK, BV)
-    if NORM == "own":
+    if NORM != "none":
         if first == 0:
             store(final, Z[:, None], bh, H, 0, K, V, V + 1, BK, 1)
 
 
 @jit
-def outputs(q, k, u, g, starts, zs, z, y, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-            BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
-    """Y = exp(c) Q S_0 + P U for BV columns of one chunk, divided by z: its own (which it writes), or a given one."""
+def outputs(q, k, u, qz, kz, g, starts, zs, z, y, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+            BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+    """Y = exp(c) Q S_0 + P U for BV columns of one chunk, divided by z, which it writes."""
     n, bh, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
     t = n * C
     queries, keys = load(q, bh, H, t, T, 0, K, C, BK), load(k, bh, H, t, T, 0, K, C, BK)
@@ -166,14 +168,15 @@ def outputs(q, k, u, g, starts, zs, z, y, H, T, N, K: tl.constexpr, V: tl.conste
     P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
     Y = from_start[:, None] * dot(queries, load(starts, bh, H, n * K, n * K + K, first, V, BK, BV), PREC)
     Y += dot(P, load(u, bh, H, t, T, first, V, C, BV), PREC)
-    if NORM == "own":
+    if NORM != "none":
+        if NORM == "other":
+            queries = load(qz, bh, H, t, T, 0, K, C, BK)
+            P = decayed(dot(queries, tl.trans(load(kz, bh, H, t, T, 0, K, C, BK)), PREC), c, C, DECAY, True)
         Z = load_row(zs, (bh * N + n) * K, K, 0.0, BK)
-        own = from_start * tl.sum(queries * Z[None, :], 1) + tl.sum(P, 1) + 1e-6
-        Y /= own[:, None]
+        weights = from_start * tl.sum(queries * Z[None, :], 1) + tl.sum(P, 1) + 1e-6
+        Y /= weights[:, None]
         if first == 0:
-            store_row(z, own, bh * T + t, T - t, C)
-    if NORM == "given":
-        Y /= load_row(z, bh * T + t, T - t, 1.0, C)[:, None]
+            store_row(z, weights, bh * T + t, T - t, C)
     store(y, Y, bh, H, t, T, first, V, C, BV)
 
 
@@ -190,8 +193,8 @@ def row_dots(y, dy, z, dz, H, T, V: tl.constexpr, C: tl.constexpr, BV: tl.conste
 
 
 @jit
-def scan_backward(q, k, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T, N, K: tl.constexpr, V: tl.constexpr,
-                  C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+def scan_backward(q, k, qz, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T, N, K: tl.constexpr,
+                  V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
                   NORM: tl.constexpr, PREC: tl.constexpr):
     """dS_0 = exp(c_C) dS_1 + Q^T exp(c) dY - K^T exp(c) b dX, last chunk first; writes each dS_1 (and dZ_1).
 
@@ -199,7 +202,7 @@ def scan_backward(q, k, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T
     """
     bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
     dS = load(dfinal, bh, H, 0, K, first, V, BK, BV)
-    if NORM == "own":
+    if NORM != "none":
         dZ = tl.sum(load(dfinal, bh, H, 0, K, V, V + 1, BK, 1), 1)
     for step in range(N):
         n = N - 1 - step
@@ -208,12 +211,12 @@ def scan_backward(q, k, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T
         queries = load(q, bh, H, t, T, 0, K, C, BK)
         dY = load(dy, bh, H, t, T, first, V, C, BV)
         c, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
-        if NORM == "own":
+        if NORM != "none":
             if first == 0:
                 store_row(dzs, dZ, (bh * N + n) * K, K, BK)
             dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
-            dZ = through * dZ + tl.sum(queries * (from_start * dz_t)[:, None], 0)
-        if NORM != "none":
+            z_queries = queries if NORM == "own" else load(qz, bh, H, t, T * (first == 0), 0, K, C, BK)
+            dZ = through * dZ + tl.sum(z_queries * (from_start * dz_t)[:, None], 0)
             from_start /= load_row(z, bh * T + t, T - t, 1.0, C)
         dS_0 = through * dS + dot(tl.trans(queries), dY * from_start[:, None], PREC)
         if DELTA:
@@ -226,14 +229,14 @@ def scan_backward(q, k, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T
             dS_0 -= dot(tl.trans(keys), (beta * from_start)[:, None] * dX, PREC)
         dS = dS_0
     store(dstate, dS, bh, H, 0, K, first, V, BK, BV)
-    if NORM == "own":
+    if NORM != "none":
         if first == 0:
             store(dstate, dZ[:, None], bh, H, 0, K, V, V + 1, BK, 1)
 
 
 @jit
-def gradients(q, k, v, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, dg, db, H, T, N, K: tl.constexpr,
-              V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+def gradients(q, k, v, qz, kz, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, dqz, dkz, dg, db, H, T, N,
+              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
               DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
     """All gradients of one chunk, given S_0 and dS_1. With dP = tril(dY U^T) D and e the exponentials of decays():
 
@@ -304,15 +307,26 @@ def gradients(q, k, v, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, d
             passed += tl.sum(keys * late, 1)
             whole += tl.sum(tl.sum(S.to(tl.float32) * dS, 1), 0)
     dP, dQ = over_z[:, None] * dP, (over_z * from_start)[:, None] * dQ
-    if NORM == "own":
+    if NORM != "none":                                                            # 3. through z = exp(c) Q Z_0 + P 1
         dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
         Z, dZ = load_row(zs, (bh * N + n) * K, K, 0.0, BK), load_row(dzs, (bh * N + n) * K, K, 0.0, BK)
-        dP += dz_t[:, None]
-        dQ += (from_start * dz_t)[:, None] * Z[None, :]
-        late = to_end[:, None] * dZ[None, :]
-        dK += late
-        passed += tl.sum(keys * late, 1)
-        whole += tl.sum(Z * dZ, 0)
+        early, late = (from_start * dz_t)[:, None] * Z[None, :], to_end[:, None] * dZ[None, :]
+        z_keys = keys
+        if NORM == "own":
+            dP += dz_t[:, None]
+            dQ += early
+            dK += late
+        else:
+            z_queries, z_keys = load(qz, bh, H, t, T, 0, K, C, BK), load(kz, bh, H, t, T, 0, K, C, BK)
+            if DECAY:
+                pairs = dz_t[:, None] * decayed(dot(z_queries, tl.trans(z_keys), PREC), c, C, DECAY, True)
+                dc += tl.sum(z_queries * early, 1) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
+            D = decayed(tl.zeros((C, C), tl.float32) + dz_t[:, None], c, C, DECAY, True)
+            store(dqz, early + dot(D, z_keys, PREC), bh, H, t, T, 0, K, C, BK)
+            store(dkz, late + dot(tl.trans(D), z_queries, PREC), bh, H, t, T, 0, K, C, BK)
+        if DECAY:
+            passed += tl.sum(z_keys * late, 1)
+            whole += tl.sum(Z * dZ, 0)
     if DECAY:
         pairs = P * dP
         dc += tl.sum(queries * dQ, 1) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
@@ -351,15 +365,11 @@ def _sizes(q, v, chunk_size):
 
 
 def _view(x):
-    """A tensor (B,H,T,D) as the kernels take it; its rows must be dense."""
+    """A tensor (B,H,T,D) as the kernels take it: its pointer and strides. Rows that are not dense are copied."""
     if x is None:
         return None
-    assert x.stride(-1) == 1 or x.shape[-1] == 1, f"rows must be dense, got strides {x.stride()}"
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     return x, *x.stride()[:3]
-
-
-def _dense(x):
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _empty(x, dtype=None):
@@ -367,84 +377,89 @@ def _empty(x, dtype=None):
     return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _allocate(q, k, v, g, b, z, state, own, wide, chunk_size):
+def _norm(norm, qz):
+    return "none" if not norm else "own" if qz is None else "other"
+
+
+def _allocate(q, k, v, g, b, qz, kz, state, norm, chunk_size):
     (B, H, T, K), V = q.shape, v.shape[-1]
     sizes, N, _, _ = _sizes(q, v, chunk_size)
     C, stored = sizes["C"], torch.bfloat16 if sizes["PREC"] == "bf16" else torch.float32
-    y, final = _empty(v, torch.float32 if wide else q.dtype), torch.empty_like(state)
     starts = q.new_empty(B, H, N * K, V, dtype=stored)
-    zs, own_z = (q.new_empty(shape if own else 0, dtype=torch.float32) for shape in ((B, H, N, K), (B, H, T)))
-    return y, final, starts, zs, own_z, q.new_empty((B, H, N * C, C) if b is not None else 0, dtype=stored)
+    zs, z = (q.new_empty(shape if norm else 0, dtype=torch.float32) for shape in ((B, H, N, K), (B, H, T)))
+    x = q.new_empty((B, H, N * C, C) if b is not None else 0, dtype=stored)
+    return _empty(v, q.dtype), torch.empty_like(state), starts, zs, z, x
 
 
-def _allocate_backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size):
-    dg, db, dz = (q.new_empty(0 if o is None else o.shape, dtype=torch.float32) for o in (g, b, z))
-    return _empty(q), _empty(k), _empty(v), dg, db, dz, torch.empty_like(dfinal)
+def _allocate_backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size):
+    dqz, dkz = (q.new_empty(0) if o is None else _empty(o) for o in (qz, kz))
+    dg, db = (q.new_empty(0 if o is None else o.shape, dtype=torch.float32) for o in (g, b))
+    return _empty(q), _empty(k), _empty(v), dg, db, dqz, dkz, torch.empty_like(dfinal)
 
 
-def _forward(q, k, v, g, b, z, state, own, wide, chunk_size):
-    y, final, starts, zs, own_z, x = _allocate(q, k, v, g, b, z, state, own, wide, chunk_size)
+def _forward(q, k, v, g, b, qz, kz, state, norm, chunk_size):
+    y, final, starts, zs, z, x = _allocate(q, k, v, g, b, qz, kz, state, norm, chunk_size)
     (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
     sizes, N, scanned, columns = _sizes(q, v, chunk_size)
-    flags = dict(DECAY=g is not None, NORM="own" if own else "none" if z is None else "given")
-    q, k, v = map(_view, map(_dense, (q, k, v)))
+    flags = dict(DECAY=g is not None, NORM=_norm(norm, qz))
+    q, k, v, qz, kz = map(_view, (q, k, v, qz, kz))
     u = _view(_empty(y, starts.dtype)) if delta else v
     with torch.cuda.device_of(y):
         if delta:
             invert[N, B * H](k, g, b, _view(x), H, T, LOG_C=sizes["C"].bit_length() - 1, DECAY=g is not None,
                              **{name: size for name, size in sizes.items() if name != "V"})
         scan_forward[-(-V // scanned), B * H](
-            k, v, _view(x) if delta else None, g, b, _view(state), _view(starts), zs, u, _view(final), H, T, N,
+            k, v, kz, _view(x) if delta else None, g, b, _view(state), _view(starts), zs, u, _view(final), H, T, N,
             BV=scanned, DELTA=delta, **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
         outputs[N, B * H, -(-V // columns)](
-            q, k, u, g, _view(starts), zs, own_z if own else z, _view(y), H, T, N, BV=columns, **sizes, **flags)
-    return y, final, starts, zs, own_z, x
+            q, k, u, qz, kz, g, _view(starts), zs, z, _view(y), H, T, N, BV=columns, **sizes, **flags)
+    return y, final, starts, zs, z, x
 
 
-def _backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size):
-    dq, dk, dv, dg, db, dz, dstate = _allocate_backward(
-        q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, own, chunk_size)
+def _backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size):
+    grads = _allocate_backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size)
+    dq, dk, dv, dg, db, dqz, dkz, dstate = grads
     (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
     sizes, N, scanned, columns = _sizes(q, v, chunk_size)
-    flags = dict(DECAY=g is not None, DELTA=delta, NORM="own" if own else "none" if z is None else "given")
-    dends, dzs = torch.empty_like(starts), torch.empty_like(zs)
-    q, k, v, dy, starts_, dends_ = map(_view, (*map(_dense, (q, k, v, dy)), starts, dends))
-    x = _view(x) if delta else None
+    flags = dict(DECAY=g is not None, DELTA=delta, NORM=_norm(norm, qz))
+    dends, dzs, dz = torch.empty_like(starts), torch.empty_like(zs), torch.empty_like(z)
+    dqz, dkz = (None if qz is None else _view(o) for o in (dqz, dkz))
+    q, k, v, qz, kz, dy = map(_view, (q, k, v, qz, kz, dy))
+    x, starts_, dends_ = _view(x) if delta else None, _view(starts), _view(dends)
     with torch.cuda.device_of(starts):
-        if z is not None:
+        if norm:
             row_dots[-(-T // 32), B * H](_view(y), dy, z, dz, H, T, V=V, C=32, BV=max(16, _power(V)))
         scan_backward[-(-V // scanned), B * H](
-            q, k, x, g, b, z, dz, dy, _view(dfinal), dends_, dzs, _view(dv), _view(dstate), H, T, N, BV=scanned,
+            q, k, qz, x, g, b, z, dz, dy, _view(dfinal), dends_, dzs, _view(dv), _view(dstate), H, T, N, BV=scanned,
             **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
         gradients[N, B * H](
-            q, k, v, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dg, db, H, T, N,
-            BV=columns, **sizes, **flags, num_stages=1)
-    return dq, dk, dv, dg, db, dz, dstate
+            q, k, v, qz, kz, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dqz, dkz, dg,
+            db, H, T, N, BV=columns, **sizes, **flags, num_stages=1)
+    return grads
 
 
 def _save(ctx, inputs, output):
-    q, k, v, g, b, z, state, ctx.own, wide, ctx.chunk_size = inputs
-    y, final, starts, zs, own_z, x = output
-    z = own_z if ctx.own else z
+    q, k, v, g, b, qz, kz, state, ctx.norm, ctx.chunk_size = inputs
+    y, final, starts, zs, z, x = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, b, z, y if z is not None else None, starts, zs, x, final)
+    ctx.save_for_backward(q, k, v, g, b, qz, kz, z, y if ctx.norm else None, starts, zs, x, final)
 
 
 torch.library.define("lat::linear_attention", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? z, Tensor state, bool own, bool wide, int chunk_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor state, bool norm, "
+    "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 torch.library.define("lat::linear_attention_backward", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? z, Tensor? y, Tensor starts, Tensor zs, Tensor x, "
-    "Tensor dy, Tensor dfinal, bool own, int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor z, Tensor? y, Tensor starts, "
+    "Tensor zs, Tensor x, Tensor dy, Tensor dfinal, bool norm, int chunk_size) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 
 
 def _differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_backward):
-    q, k, v, g, b, z, y, starts, zs, x, final = ctx.saved_tensors
-    dy = torch.zeros_like(v) if dy is None else dy
+    *inputs, z, y, starts, zs, x, final = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[2]) if dy is None else dy
     dfinal = torch.zeros_like(final) if dfinal is None else dfinal.contiguous()
-    dq, dk, dv, dg, db, dz, dstate = backward(q, k, v, g, b, z, y, starts, zs, x, dy, dfinal, ctx.own, ctx.chunk_size)
-    return (dq, dk, dv, None if g is None else dg, None if b is None else db, None if z is None or ctx.own else dz,
-            dstate, None, None, None)
+    *grads, dstate = backward(*inputs, z, y, starts, zs, x, dy, dfinal, ctx.norm, ctx.chunk_size)
+    return *(None if x is None else grad for x, grad in zip(inputs, grads)), dstate, None, None
 
 
 torch.library.impl("lat::linear_attention", "default", _forward)
@@ -511,12 +526,6 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     else:
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
-    if own or not divide_by:
-        y, state, *_ = run(q, k, v, g, b, None, state, own, False, chunk_size)
-        return y, state[:, :, :K]
-    # A denominator with its own q and k: a pass over a column of ones gives z, another divides by it.
-    S, Z = state.split([V, 1], dim=-1)
-    ones = v.new_ones(()).expand(B, H, T, 1)
-    z, Z, *_ = run(*divide_by, ones, g, None, None, Z.contiguous(), False, True, chunk_size)
-    y, S, *_ = run(q, k, v, g, None, (z[..., 0] + 1e-6).contiguous(), S.contiguous(), False, False, chunk_size)
-    return y, torch.cat([S, Z], dim=-1)[:, :, :K]
+    qz, kz = divide_by if divide_by and not own else (None, None)
+    y, state, *_ = run(q, k, v, g, b, qz, kz, state, bool(divide_by), chunk_size)
+    return y, state[:, :, :K]
