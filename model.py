@@ -565,11 +565,11 @@ def softmax_loss(logits, targets, vocab_size, with_grad):
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     logits[:, vocab_size:] = -math.inf                                            # padding is no token
     log_z = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_z - logits.gather(1, targets)) * counted).sum()
+    losses = (log_z - logits.gather(1, targets)) * counted
     if not with_grad:
-        return loss, None
-    p = (logits - log_z).exp_()
-    return loss, p.scatter_add_(1, targets, -torch.ones_like(log_z)).mul_(counted).to(dtype)
+        return losses.sum(), None
+    p = (logits - log_z).exp_().mul_(counted).to(dtype)
+    return losses.sum(), p.scatter_(1, targets, torch.expm1(-losses).to(dtype))  # p - 1 at the target, rounded once
 
 
 class LinearCrossEntropy(torch.autograd.Function):
