@@ -113,12 +113,13 @@ def first_fit(values, kinds):
 
 
 def wanted(kind):
-    """An annotation in words: "int", "float or None", "'auto', 'fp32' or 'bf16'"."""
+    """An annotation in words: "a whole number", "a number or None", "'auto', 'fp32' or 'bf16'"."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType, typing.Literal):
         words = [repr(arg) if origin is typing.Literal else wanted(arg) for arg in args]
         return ", ".join(words[:-1]) + " or " * (len(words) > 1) + words[-1]
-    return {type(None): "None", bool: "True or False"}.get(kind) or (str(kind) if args else kind.__name__)
+    words = {type(None): "None", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    return words.get(kind) or (str(kind) if args else kind.__name__)
 
 
 def readings(text):

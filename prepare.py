@@ -565,7 +565,7 @@ def split_by_hash(utf8):
 def prepare(config):
     """Makes the dataset, or what is still missing of it; returns its manifest."""
     tokenizer = ("bytes" if config.dataset == "stdlib" else "gpt2") if config.tokenizer == "auto" else config.tokenizer
-    tokenizer, sources = load_tokenizer(tokenizer), list_sources(config)
+    sources, tokenizer = list_sources(config), load_tokenizer(tokenizer)
     options = {"dataset": config.dataset, "origin": "local files" if config.data_files else "built in",
                "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
                "dtype": tokenizer.dtype.name}
@@ -626,24 +626,26 @@ def check_disk(config, options, sources):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder, program="prepare.py", flag="--data_dir"):
     """Makes the folder and lets one run at a time into it; the lock ends with the process, however that ends."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): use another --data_dir") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}): use another {flag}") from None
     try:
         with contextlib.suppress(ImportError, OSError):  # Windows and some network disks have no such locks
             import fcntl
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another prepare.py is at work in {folder}: wait until it ends") from None
+                raise UserError(f"another {program} is at work in {folder}: wait until it ends, or use another {flag}") from None
         yield
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came of it
+            for path in made:  # if nothing came of it
+                path.rmdir()
         os.close(handle)
 
 

@@ -21,7 +21,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
-from prepare import bin_problems, commit, open_split, read_manifest, remake
+from prepare import bin_problems, commit, locked, open_split, read_manifest, remake
 
 
 @dataclass
@@ -504,9 +504,8 @@ class Run:
             keep(self.latest, self.step, self.config.keep_last)
 
     def open_folder(self, fresh):
-        """Makes out_dir, or clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
+        """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
             old = [self.latest, self.best, *self.out_dir.glob("ckpt-*.pt")] if fresh else []
             for stale in [*self.out_dir.glob("*.tmp"), *old]:
                 stale.unlink(missing_ok=True)
@@ -521,8 +520,9 @@ class Run:
         config, signals, stop = self.config, stop_at_signals(), False
         tokens_per_step = config.batch_size * self.model_config.seq_len
         clock = Clock(self.step, tokens_per_step)
+        size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
         with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
-                  unit_scale=True, disable=None) as bar:
+                  unit_scale=True, disable=None, ncols=size.columns, nrows=size.lines) as bar:
             while True:
                 # First in the loop, since a resumed run may have been killed between the save and the evaluation.
                 if self.step and not stop and self.is_due(config.eval_interval):
@@ -618,9 +618,17 @@ def main():
     folder = Path(config.data_dir) / config.dataset
     manifest = read_manifest(folder)
     check_bytes(folder, manifest)
+    if model_config.vocab_size not in (ModelConfig.vocab_size, manifest["vocab_size"]):
+        raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {manifest['vocab_size']}: leave it out")
     model_config.vocab_size, data = manifest["vocab_size"], fingerprint(manifest)
     train_files, val_files = (open_split(folder, manifest, split) for split in ("train", "val"))
     device = pick_device(config.device)
+    # Two processes in one folder would each rename over what the other saved. Evaluating only reads.
+    with nullcontext() if config.eval_only else locked(Path(config.out_dir), "train.py", "--out_dir"):
+        train_or_evaluate(config, model_config, manifest, data, train_files, val_files, device)
+
+
+def train_or_evaluate(config, model_config, manifest, data, train_files, val_files, device):
     checkpoint = find_checkpoint(config, model_config, data)
     if config.eval_only:
         model_config = ModelConfig(**checkpoint["model_config"])

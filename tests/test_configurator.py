@@ -113,16 +113,16 @@ def test_key_of_several_classes_sets_them_all():
 @pytest.mark.parametrize("argv, words", [
     (["--dmi=8"], ["--dmi ", "nearest is dim"]), (["--max-steps=8"], ["--max-steps ", "nearest is max_steps"]),
     (["--qqq=8"], ["--qqq ", "nearest is"]), (["--=8"], ["not a known key"]), (["--"], ["not a known key"]),
-    (["--dim=abc"], ["--dim must be int, got 'abc'"]), (["--dim=3.5"], ["must be int, got '3.5'"]),
-    (["--dim=true"], ["must be int, got 'true'"]), (["--dim=1e23"], ["must be int"]),
-    (["--dim="], ["must be int, got ''"]), (["--dim"], ["--dim must be int, got no value: write --dim="]),
-    (["--dim", "8"], ["--dim=8"]), (["--dim=dim"], ["must be int"]),
-    (["--lr=nan"], ["--lr must be float, got 'nan'"]), (["--lr=inf"], ["must be float"]),
-    (["--lr=1e999"], ["must be float"]), (["--lr=(-1)**0.5"], ["must be float"]), (["--lr=1/0"], ["must be float"]),
-    (["--lr=True"], ["must be float"]),
+    (["--dim=abc"], ["--dim must be a whole number, got 'abc'"]), (["--dim=3.5"], ["must be a whole number, got '3.5'"]),
+    (["--dim=true"], ["must be a whole number, got 'true'"]), (["--dim=1e23"], ["must be a whole number"]),
+    (["--dim="], ["must be a whole number, got ''"]), (["--dim"], ["--dim must be a whole number, got no value: write --dim="]),
+    (["--dim", "8"], ["--dim=8"]), (["--dim=dim"], ["must be a whole number"]),
+    (["--lr=nan"], ["--lr must be a number, got 'nan'"]), (["--lr=inf"], ["must be a number"]),
+    (["--lr=1e999"], ["must be a number"]), (["--lr=(-1)**0.5"], ["must be a number"]), (["--lr=1/0"], ["must be a number"]),
+    (["--lr=True"], ["must be a number"]),
     (["--compile=2"], ["must be True or False, got '2'"]), (["--compile=yes"], ["must be True or False"]),
     (["--compile=" + "y" * 999], ["got '" + "y" * 56 + "..."]),
-    (["--pos=rop"], ["--pos must be 'none' or 'rope', got 'rop'"]), (["--window=x"], ["must be int or None, got 'x'"]),
+    (["--pos=rop"], ["--pos must be 'none' or 'rope', got 'rop'"]), (["--window=x"], ["must be a whole number or None, got 'x'"]),
     (["--betas=1"], ["--betas"]), (["--betas=1,2,3"], ["--betas"]), (["--resume=maybe"], ["True or False or 'auto'"]),
     (["stray"], ["'stray' is not understood", "--key=value"]), (["-x"], ["'-x' is not understood"]),
     (["--dim=9"], ["dim must be", "a multiple of 8, got 9"]),
@@ -135,10 +135,10 @@ def test_bad_flag_is_rejected_with_its_reason(argv, words):
 
 @pytest.mark.parametrize("text, message", [
     ("\ndmi = 8", "x.py:2: dmi is not a known key; the nearest is dim"),
-    ("dim = 'a'", "x.py:1: dim must be int, got 'a'"),
+    ("dim = 'a'", "x.py:1: dim must be a whole number, got 'a'"),
     ("dim = True + 7", "x.py:1: `dim = True + 7` cannot"), ("order = True", "x.py:1: order must be 1 or 2, got True"),
-    ("dim = 3.5", "x.py:1: dim must be int, got 3.5"), ("dim = True", "x.py:1: dim must be int, got True"),
-    ("compile = 1", "x.py:1: compile must be True or False, got 1"), ("dataset = 1", "x.py:1: dataset must be str"),
+    ("dim = 3.5", "x.py:1: dim must be a whole number, got 3.5"), ("dim = True", "x.py:1: dim must be a whole number, got True"),
+    ("compile = 1", "x.py:1: compile must be True or False, got 1"), ("dataset = 1", "x.py:1: dataset must be text"),
     ("lr = 1e999", "x.py:1: `lr = 1e999` cannot"), ("\ndim = 8\ndim = 16", "x.py:3: dim is already set in line 2"),
     ("import os", "x.py:1: `import os` is not allowed"), ("dim += 1", "x.py:1: `dim += 1` is not"),
     ("dim, lr = 8, 1", "x.py:1: `dim, lr = 8, 1` is not"), ("dim = lr = 8", "x.py:1: `dim = lr = 8` is not"),
@@ -277,7 +277,7 @@ def test_help_shows_doc_and_every_key_with_default_and_meaning(program):
     code, out, err = program("--dim=oops --help")
     assert (code, err) == (0, "")
     assert "What this program does." in out and "usage: python toy.py [config/NAME.py ...] [--key=value ...]" in out
-    assert "  --dim=64                    width of the model (int)\n" in out and "--fail=  " in out
+    assert "  --dim=64                    width of the model (a whole number)\n" in out and "--fail=  " in out
 
 
 def test_help_wraps_to_the_terminal_and_shows_legal_values_and_comments_with_a_hash(capsys, monkeypatch):

@@ -319,6 +319,11 @@ def test_c4_without_network_is_one_line_soon(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_missing_files_are_named_before_a_missing_vocabulary(tmp_path):
+    no_network = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    assert "name its files" in refusal(tmp_path, "--dataset=mine", "--tokenizer=gpt2", env=no_network)
+
+
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text " * 100)
     monkeypatch.chdir(tmp_path)

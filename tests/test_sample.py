@@ -140,7 +140,7 @@ def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--promt=x"], "the nearest is prompt"), (["--top_k=many"], "--top_k must be int"),
+    (["--promt=x"], "the nearest is prompt"), (["--top_k=many"], "--top_k must be a whole number"),
     (["--top_p=0"], "top_p must be above 0"), (["--temperature=-1"], "at least 0"),
     (["--temperature=1e-40"], "temperature must be 0 or"), ([f"--seed={2**64}"], "below 2**63"),
     (["--num_samples=0"], "at least 1"), (["--prompt=a", "--prompt_file=b"], "either prompt or prompt_file"),

@@ -352,20 +352,34 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--batchsize=4"], "nearest is batch_size"), (["--lr=high"], "--lr must be float"),
-    (["--max_steps=1.5"], "must be int"), (["--grad_accum=3"], "multiple of grad_accum"),
-    (["--seed=1e40"], "must be int"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
+    (["--batchsize=4"], "nearest is batch_size"), (["--lr=high"], "--lr must be a number"),
+    (["--max_steps=1.5"], "must be a whole number"), (["--grad_accum=3"], "multiple of grad_accum"),
+    (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
     (["--out_dir=/proc/x"], "cannot write"), (["nofile.py"], "no such config file"),
-    (["--eval_only"], "no checkpoint")])
+    (["--eval_only"], "no checkpoint"), (["--vocab_size=300"], "vocab_size=300 is not that of the dataset, 257")])
 def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(refusal, flags, message):
     assert message in refusal(*flags)
 
 
 def test_an_out_dir_below_a_file_is_named(refusal, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"cannot write to out_dir={tmp_path}/file/out" in refusal(f"--out_dir={tmp_path}/file/out")
+    assert f"cannot write to {tmp_path}/file/out" in refusal(f"--out_dir={tmp_path}/file/out")
+
+
+def test_two_runs_in_one_out_dir_are_refused_and_an_evaluation_beside_one_is_not(run, data, tmp_path, monkeypatch):
+    def beside(*flags):
+        command = [sys.executable, PROGRAM, *MODEL, *RUN, f"--data_dir={data}", "--out_dir=out", *flags]
+        result = subprocess.run(command, text=True, capture_output=True)
+        results.append((result.returncode, result.stdout + result.stderr))
+    results = []
+    run(at="undisturbed")
+    for flags in ([], ["--resume=false"], ["--eval_only"]):
+        at_step(monkeypatch, 4, lambda flags=flags: beside(*flags))
+    assert run().code == 0 and sorted(code for code, _ in results) == [0, 2, 2]
+    assert all("another train.py is at work in out" in text for code, text in results if code)
+    assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
 
 def test_a_bad_dataset_is_found_before_training(refusal, tmp_path):
@@ -618,13 +632,14 @@ def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
     assert evaluate() == pytest.approx({"val_loss": math.log(257), "ppl": 257, "bits_per_byte": math.log2(257) / 2})
 
 
-@pytest.mark.parametrize("program", ["pipe", "terminal"])
+@pytest.mark.parametrize("program", ["pipe", "terminal", "terminal of 0 columns"])
 def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, program):
     flags = [*MODEL, *RUN, f"--data_dir={data}", "--out_dir=out"]
-    reader, writer = pty.openpty() if program == "terminal" else os.pipe()
+    reader, writer = pty.openpty() if program != "pipe" else os.pipe()
     if program == "terminal":
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 150, 0, 0))
-    process = subprocess.Popen([sys.executable, PROGRAM, *flags], cwd=tmp_path, stderr=writer, stdout=writer)
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen([sys.executable, PROGRAM, *flags], cwd=tmp_path, env=environment, stderr=writer, stdout=writer)
     os.close(writer)
     text = b""
     try:
@@ -636,7 +651,7 @@ def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, pro
     text = text.decode()
     assert process.wait() == 0 and "step 12: val_loss" in text and "loss curve: out/loss.png" in text
     assert Path(tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
-    if program == "terminal":
+    if program != "pipe":
         assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text
         assert re.search(r"\[\d\d:\d\d<\d\d:\d\d,", text)                           # elapsed < left
     else:
