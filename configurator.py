@@ -191,11 +191,12 @@ def read_arguments(argv, config_file):
     return from_files + from_flags
 
 
-def configure(argv, *classes, doc="", config_file=True):
+def configure(argv, *classes, doc="", config_file=True, inherit=None):
     """One validated instance of each dataclass, from its defaults, the config files and the flags in argv.
 
     Args: argv, sys.argv[1:]; classes, dataclasses (a key that several have sets them all); doc, the program's
-    docstring, for --help; config_file, whether the program takes config files.
+    docstring, for --help; config_file, whether the program takes config files; inherit, a function of the instances
+    so far that gives defaults {key: value} for the next class.
     Returns: a tuple of instances, in the order of classes.
     Raises: UserError for an unknown key, an ill-typed or missing value, an unreadable file, and with the text of any
     ValueError that a __post_init__ raises. SystemExit(0) after --help.
@@ -221,6 +222,8 @@ def configure(argv, *classes, doc="", config_file=True):
                     raise UserError(f"{where} must be {wanted(kinds[cls][key])}, got {got}") from None
     configs = []
     for cls in classes:
+        defaults = inherit(*configs) if inherit and configs else {}
+        given[cls] = {key: value for key, value in defaults.items() if key in fields[cls]} | given[cls]
         for key, field in fields[cls].items():
             if key not in given[cls] and field.default is field.default_factory is dataclasses.MISSING:
                 raise UserError(f"--{key}=... is needed: it must be {wanted(kinds[cls][key])}")

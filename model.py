@@ -33,6 +33,12 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
+try:
+    from huggingface_hub import PyTorchModelHubMixin as Shared  # from_pretrained, save_pretrained, push_to_hub
+except ImportError:
+    class Shared:
+        """The model without the sharing."""
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Feature maps phi: what stands in for the softmax. Each works on the last dimension, any leading shape.
 
@@ -100,6 +106,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0         # its parameters, in units of 2 dim^2; 0 leaves it out
     tied: bool = True              # the output projection is the embedding
     dropout: float = 0.0           # on the embedding and on every residual branch
+    tokenizer: str = ""            # whose ids the tokens are, name:hash; train.py takes it from the dataset
 
     def __post_init__(self):
         if isinstance(self.mixers, str):
@@ -603,10 +610,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
 
 
-class LM(nn.Module):
+class LM(nn.Module, Shared):
     """The language model: embedding, blocks, a final norm, and the output projection."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         rows = -(-config.vocab_size // 64) * 64                                   # whole tiles for the matrix units

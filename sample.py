@@ -2,6 +2,7 @@
 
     python sample.py                                           from out/base, one text after a blank start
     python sample.py --out_dir=out/tiny --prompt="class "      continue a prompt
+    python sample.py --init_from=someone/model                 a model of the Hugging Face hub, or from anywhere else
     python sample.py --prompt_file=story.txt                   or a file's text; - reads standard input
     python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95 --max_new_tokens=1000
 """
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from prepare import load_tokenizer
-from train import autocast, load_checkpoint, load_model, out_of_memory, pick_device, pick_precision
+from train import autocast, load_pretrained, out_of_memory, pick_device, pick_precision
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
+    init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
     prompt: str = ""                 # the text to continue; empty starts a new document
     prompt_file: str = ""            # read the prompt from this file; - is standard input
     num_samples: int = 1             # texts to generate, all at once
@@ -64,6 +66,22 @@ def read_prompt(config):
         raise UserError(f"{config.prompt_file} is not UTF-8 text") from None
 
 
+def open_model(config, device):
+    """The trained model that config names, its tokenizer, and the precision to run it in."""
+    if not config.init_from and not any(Path(config.out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
+        raise UserError(f"no checkpoint {config.out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
+    model = load_pretrained(config.init_from or config.out_dir, device).eval()
+    name, _, digest = model.config.tokenizer.partition(":")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.hash != digest:
+        raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
+    precision = pick_precision("fp32" if config.precision == "auto" and device.type != "cuda" else config.precision, device)
+    if precision == "bf16":                                                       # cast once, not at every token
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    return model, tokenizer, precision
+
+
 def state_bytes(state):
     """Bytes of all tensors in a nested state."""
     if torch.is_tensor(state):
@@ -76,17 +94,7 @@ def main():
     config, = configure(sys.argv[1:], SampleConfig, doc=__doc__)
     sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
-    paths = [path for path in (Path(config.out_dir) / "best.pt", Path(config.out_dir) / "ckpt.pt") if path.exists()]
-    checkpoint = load_checkpoint((paths or [Path(config.out_dir) / "ckpt.pt"])[0])
-    tokenizer = load_tokenizer(checkpoint["data"]["tokenizer"])
-    if tokenizer.hash != checkpoint["data"]["tokenizer_hash"]:
-        raise UserError(f"the {tokenizer.name} tokenizer here is not the one the model was trained with")
-    model = load_model(checkpoint, device).eval()
-    precision = pick_precision("fp32" if config.precision == "auto" and device.type != "cuda" else config.precision, device)
-    if precision == "bf16":                                                       # cast once, not at every token
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
-
+    model, tokenizer, precision = open_model(config, device)
     prompt = [int(token) for token in tokenizer.encode(read_prompt(config))] or [tokenizer.eot]
     if max(prompt) >= model.config.vocab_size:
         raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {model.config.vocab_size}")

@@ -4,6 +4,7 @@
     python train.py config/base.py --lr=3e-4          any key of --help can be set in the file or by a flag
     python train.py config/base.py                    the same command again continues a run that was stopped
     python train.py config/base.py --eval_only        the validation loss of out_dir's checkpoint
+    python train.py config/finetune.py --init_from=out/base --dataset=mine    goes on from its weights, on other text
 
 Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
@@ -12,16 +13,18 @@ data state, and grad_accum only splits it.
 import ctypes
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import zipfile
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +46,7 @@ class TrainConfig:
     dataset: str = "c4"              # a folder of data_dir, written by prepare.py --dataset=...
     data_dir: str = "data"           # where the datasets are
     out_dir: str = "out/base"        # where the run is kept
+    init_from: str = ""              # start from the weights of a model: an out_dir, a checkpoint, a shared folder or hub id
     batch_size: int = 64             # sequences in an optimiser step, over everything
     grad_accum: int = 4              # pieces a batch is cut into, to save memory; the result is the same
     max_steps: int = 20000           # optimiser steps
@@ -393,9 +397,62 @@ def load_weights(model, checkpoint):
 
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
-    model = LM(ModelConfig(**checkpoint["model_config"])).to(device)
+    model = LM(ModelConfig(**checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])})).to(device)
     load_weights(model, checkpoint)
     return model
+
+
+def tokenizer_id(data):
+    return f"{data['tokenizer']}:{data['tokenizer_hash']}"
+
+
+def load_pretrained(source, device="cpu"):
+    """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or a repository of the Hugging Face hub."""
+    path = Path(source)
+    files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
+    if files:
+        return load_model(load_checkpoint(files[0]), device)
+    try:
+        with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
+            return LM.from_pretrained(source, strict=True).to(device)
+    except (AttributeError, ImportError):
+        raise UserError(f"{source} holds no checkpoint; to read shared models: pip install huggingface_hub safetensors") from None
+    except Exception as error:  # a missing file, no network, another kind of model: each its own exception type
+        raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging Face "
+                        f"hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+
+
+def settings_to_start_from(config):
+    """Defaults for the model of a run that starts from another: the settings of that one."""
+    folder = Path(config.out_dir)
+    if not config.init_from:
+        return {}
+    if folder.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
+        raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: take another --out_dir")
+    if config.resume is not False and (folder / "ckpt.pt").exists():              # it has started: its source may be gone
+        return load_checkpoint(folder / "ckpt.pt")["model_config"]
+    return dataclasses.asdict(load_pretrained(config.init_from).config)
+
+
+def take_weights(model, source, name):
+    """Copies the weights of source into model, and says what changed.
+
+    Outside the mixers everything must fit. In a mixer what has the same name and shape is kept and the rest stays new,
+    so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
+    """
+    mine, theirs = model.state_dict(), source.state_dict()
+    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    here, there = (dataclasses.asdict(m.config) for m in (model, source))
+    changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
+    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do not "
+                        "fit; leave out what is set differently here")
+    model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
+
+    def names(keys):
+        return ", ".join(sorted({re.sub(r"blocks\.\d+\.", "", key) for key in keys})) or "nothing"
+    say(f"{name}: {changed or 'the same settings'}; kept {len(kept)} of {len(theirs)} tensors; new: "
+        f"{names(mine.keys() - kept)}; left out: {names(theirs.keys() - kept)}")
 
 
 def same_tokenizer(path, checkpoint, data):
@@ -523,6 +580,9 @@ class Run:
         size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
         with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
                   unit_scale=True, disable=None, ncols=size.columns, nrows=size.lines) as bar:
+            if self.config.init_from and self.step == 0:                          # what the run starts from is a result too
+                self.save(self.latest)
+                self.evaluate(val_files, manifest, tokens_per_step)
             while True:
                 # First in the loop, since a resumed run may have been killed between the save and the evaluation.
                 if self.step and not stop and self.is_due(config.eval_interval):
@@ -612,15 +672,19 @@ def find_checkpoint(config, model_config, data):
 
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
 def main():
-    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__)
+    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__, inherit=settings_to_start_from)
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
     folder = Path(config.data_dir) / config.dataset
     manifest = read_manifest(folder)
     check_bytes(folder, manifest)
+    data = fingerprint(manifest)
+    if model_config.tokenizer not in ("", tokenizer_id(data)):
+        raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset {config.dataset} holds "
+                        f"{tokenizer_id(data)[:20]} tokens: prepare it again with the model's --tokenizer")
     if model_config.vocab_size not in (ModelConfig.vocab_size, manifest["vocab_size"]):
         raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {manifest['vocab_size']}: leave it out")
-    model_config.vocab_size, data = manifest["vocab_size"], fingerprint(manifest)
+    model_config.vocab_size, model_config.tokenizer = manifest["vocab_size"], tokenizer_id(data)
     train_files, val_files = (open_split(folder, manifest, split) for split in ("train", "val"))
     device = pick_device(config.device)
     # Two processes in one folder would each rename over what the other saved. Evaluating only reads.
@@ -647,10 +711,16 @@ def train_or_evaluate(config, model_config, manifest, data, train_files, val_fil
         return
 
     windows = Windows(train_files, model_config.seq_len, config.seed)
+    source = load_pretrained(config.init_from) if config.init_from and not checkpoint else None
     torch.manual_seed(config.seed)
     run = Run(config, model_config, data, device)
     if checkpoint:
         run.restore(checkpoint)
+    if source:
+        take_weights(run.model, source, config.init_from)
+        if model_config != source.config:
+            result = evaluate(source.to(device), val_files, manifest, config, device)
+            say(f"{config.init_from} itself: val_loss {result['val_loss']:.4f}")
     run.open_folder(fresh=not checkpoint)
     compile_blocks(run.model, config.compile, device)
     tokens = config.batch_size * model_config.seq_len

@@ -4,12 +4,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml  # comes with datasets
 
 import bench
 import configurator
 import model
 import prepare
 import sample
+import test_sample
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,18 @@ def test_the_presets_have_the_parameters_of_the_table(config, millions, monkeypa
     assert f"{sum(p.numel() for p in model.LM(model_config).parameters()) / 1e6:.2f}" == millions
 
 
-def test_the_python_example_of_the_readme_runs(monkeypatch):
+def test_the_python_examples_of_the_readme_run(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    test_sample.write_checkpoint(tmp_path / "out/tiny")
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(example, {})
+
+
+def test_citation_cff_is_whole_and_names_the_papers_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert citation["authors"] == [{"name": "LAT contributors"}] and citation["message"]
+    papers = {paper["url"] for paper in citation["references"] if paper["title"] and paper["authors"]}
+    assert papers == set(re.findall(r"https://arxiv\.org/abs/[\d.]+", README))

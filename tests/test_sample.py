@@ -27,7 +27,7 @@ def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **option
     config |= {"window": 4} | options
     model, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
     torch.nn.init.normal_(model.embed.weight, std=0.2)                             # not quite uniform
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict.fromkeys(train.CHECKPOINT) | {"model": model.state_dict(), "model_config": config, "data": data},
                folder / "ckpt.pt")
 
@@ -137,6 +137,29 @@ def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
         return float(re.search(r"^\d+ tokens in .* s: [\d,]+ tokens/s .* the state is ([\d.,]+) kB a text$", line)[1])
     assert kilobytes("--max_new_tokens=10") == kilobytes("--max_new_tokens=1000") == kilobytes("--prompt=" + "x" * 999)
     assert 0 < kilobytes("--num_samples=3") == pytest.approx(kilobytes(), abs=0.1)
+
+
+def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm = train.load_pretrained("out")
+    lm.save_pretrained("shared")
+    again = LM.from_pretrained("shared")
+    assert again.unembed.weight is again.embed.weight and again.config == lm.config != ModelConfig()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lm.parameters(), strict=True))
+    for source in ("out", "out/ckpt.pt", "shared"):
+        assert write(f"--init_from={source}", "--out_dir=none", "--prompt=abc").out == write("--prompt=abc").out
+    weights = Path("shared/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for source in ("shared", "nobody/nothing", "."):
+        assert f"{source} is neither a folder with" in refusal(f"--init_from={source}")
+
+
+def test_model_py_works_without_huggingface_hub():
+    program = ("import sys; sys.modules['huggingface_hub'] = None; import model, torch\n"
+               "lm = model.LM(model.ModelConfig(dim=16, depth=1, n_heads=2)); lm(torch.zeros(1, 3, dtype=int))\n"
+               "assert not hasattr(lm, 'save_pretrained')")
+    subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, check=True)
 
 
 @pytest.mark.parametrize("flags, message", [

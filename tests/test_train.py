@@ -746,3 +746,67 @@ def test_a_large_tensor_takes_memory_that_was_freed_before():
         torch.zeros(2**24)                                                        # 64 MB, 16,384 pages
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     assert faults[2] - faults[1] < 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting from another model
+
+
+def weights(path):
+    return train.load_checkpoint(Path(path))["model"]
+
+
+def test_fine_tuning_starts_from_the_weights_and_settings_of_the_source_with_a_fresh_optimiser(run, tmp_path):
+    run("--max_steps=6", "--mlp=relu2")
+    result = run("--init_from=out", "--out_dir=tuned", "--max_steps=3", "--lr=0", "--save_interval=1")
+    assert result.code == 0 and "out: the same settings; kept" in result.err and "itself" not in result.err
+    source, tuned = train.load_checkpoint(Path("out/best.pt")), train.load_checkpoint(Path("tuned/ckpt.pt"))
+    assert tuned["model_config"]["mlp"] == "relu2" and tuned["step"] == 3
+    assert {float(s["step"]) for s in tuned["optimizer"]["state"].values()} == {3.0}     # not 9
+    assert all(torch.equal(tuned["model"][key], source["model"][key]) for key in source["model"])
+    first = json.loads(Path("tuned/metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(source["best_loss"], abs=1e-6)
+
+
+def test_a_fine_tuning_run_goes_on_without_its_source_and_ends_in_the_same_weights(run, tmp_path, monkeypatch):
+    run("--max_steps=6", "--mlp=relu2")
+    flags = ("--init_from=out", "--max_steps=6")
+    run(*flags, "--out_dir=whole")
+    def die():
+        raise KeyboardInterrupt
+    for step in (0, 4):                                                           # before the first save of a step, and later
+        with monkeypatch.context() as patch:
+            at_step(patch, step, die)
+            assert run(*flags, "--out_dir=killed").code == 130
+        shutil.rmtree("out", ignore_errors=True) if step else None
+    assert run(*flags, "--out_dir=killed").code == 0
+    whole, killed = weights("whole/ckpt.pt"), weights("killed/ckpt.pt")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_a_softmax_model_becomes_a_linear_one_that_keeps_all_weights_and_says_what_is_new(run):
+    run("--mixers=softmax", "--max_steps=6")
+    result = run("--init_from=out", "--mixers=linear", "--out_dir=linear", "--max_steps=1", "--lr=0", "--eval_interval=1")
+    assert "mixers was ['softmax'], now ['linear']; kept 9 of 9 tensors; new: nothing; left out: nothing" in result.err
+    assert re.search(r"out itself: val_loss \d", result.err)
+    softmax, linear = weights("out/best.pt"), weights("linear/ckpt.pt")
+    assert all(torch.equal(linear[key], softmax[key]) for key in softmax)
+    result = run("--init_from=out/best.pt", "--mixers=linear", "--decay=gated", "--expand_v=2", "--out_dir=gated",
+                 "--max_steps=1", "--lr=0")
+    new = "mixer.decay.weight, mixer.decay_bias, mixer.log_A, mixer.out.weight, mixer.qkv.weight"
+    assert f"new: {new}; left out: mixer.out.weight, mixer.qkv.weight" in result.err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--init_from=none", "--out_dir=new"], "none is neither a folder with a checkpoint or a shared model"),
+    (["--init_from=out"], "init_from=out lies in out_dir"), (["--init_from=out/best.pt"], "take another --out_dir"),
+    (["--init_from=out", "--out_dir=new", "--dim=32"], "another shape (dim was 16, now 32): blocks.0.mlp.out.weight and"),
+    (["--init_from=out", "--out_dir=new", "--depth=2"], "depth was 1, now 2"),
+    (["--init_from=out", "--out_dir=new", "--norm=layer"], "norm was rms, now layer"),
+    (["--init_from=out", "--out_dir=new", "--data_dir=.", "--dataset=other"], "prepare it again with the model's --tok")])
+def test_a_source_that_does_not_fit_is_one_line(run, refusal, monkeypatch, tmp_path, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run("--max_steps=1")
+    write_dataset(Path("other"), tokenizer_hash="another")
+    assert message in refusal(*flags)
+    assert not Path("new/ckpt.pt").exists()
