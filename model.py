@@ -4,13 +4,14 @@ Attention without the softmax is a recurrence. Where softmax attention compares 
 attention keeps one matrix S per head: a token adds k v^T to it, a query reads S^T q. Training costs O(T) instead of
 O(T^2), and generating a million tokens costs the memory of generating one.
 
-The letters, and what the papers call them
-  B, T, H   batch, time, heads           N, C   chunks, and tokens in a chunk (T = N C)
-  K, V      key and value width per head D      model width
+The letters, and what the papers call them. Every size is a capital; so are the matrices S and D, and the vector G.
+  B, T, H   batch, time, heads                           N, C   chunks, and tokens in a chunk (T = N C)
+  d, K, V   width per head: of q and k before their feature map, of q and k after it, of v
   q, k, v   phi(Q_i), phi(K_i), V_i in [1, Eq. 4];  q_t, k_t, v_t in [3, 5, 6]
   S         the state, S_i in [1, Eq. 10], transposed in [5, 6];  its ones column is Z_i in [1, Eq. 11]
-  g         log decay, log gamma in [3], log alpha_t in [6];      c    its running sum inside a chunk
   b         write strength of the delta rule, beta_t in [4, 5, 6]
+  g         log decay, log gamma in [3], log alpha_t in [6];  G its running sum inside a chunk
+  D         what token i still sees of token j: exp(G_i - G_j) for i >= j, else 0 [3, Eq. 5]
 
   [1] Katharopoulos et al. 2020, Transformers are RNNs, arXiv 2006.16236
   [2] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
@@ -84,7 +85,7 @@ FEATURE_MAPS = {
 @dataclass
 class ModelConfig:
     vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
-    dim: int = 512                 # model width D
+    dim: int = 512                 # model width
     depth: int = 6                 # number of blocks
     n_heads: int = 8               # heads H of every mixer; a head is dim / n_heads wide
     seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
@@ -111,38 +112,32 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.mixers, str):
             self.mixers = self.mixers.replace(",", " ").split()
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                require(getattr(self, name) in get_args(kind),
-                        f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        choices = {name: get_args(kind) for name, kind in get_type_hints(type(self)).items() if get_origin(kind) is Literal}
+        for name, values in {**choices, "feature_map": tuple(FEATURE_MAPS)}.items():
+            require(getattr(self, name) in values, f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        at_least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
+        for name, least in (at_least | dict(mlp_ratio=0, dropout=0, feature_dim=0)).items():
+            require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
+        require(self.dropout < 1, f"dropout must be below 1, got {self.dropout}")
         require(self.dim % self.n_heads == 0, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
-        require(self.mlp_ratio >= 0, f"mlp_ratio must not be negative, got {self.mlp_ratio}")
-        require(self.mixers and all(m in MIXERS for m in self.mixers),
+        require(self.mixers and all(mixer in MIXERS for mixer in self.mixers),
                 f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(self.mixers) or 'nothing'!r}")
-        require(self.feature_map in FEATURE_MAPS,
-                f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
-        require(self.head_dim("v") >= 1 and self.feature_dim >= 0, "expand_v and feature_dim must give positive widths")
-        widths = {"linear": self.head_dim("k"), "window": self.head_dim(), "softmax": self.head_dim()}
-        for mixer in self.mixers:
-            require(self.pos != "rope" or widths.get(mixer, 0) % 2 == 0,
-                    f"pos=rope turns pairs of features, but a {mixer} head is {widths.get(mixer)} wide: make it even")
-        phi = FEATURE_MAPS[self.feature_map]
+        require(self.head_dim("v") >= 1, f"expand_v={self.expand_v} leaves v no width")
+        for mixer in self.mixers if self.pos == "rope" else ():
+            width = {"linear": self.head_dim("k"), "window": self.head_dim(), "softmax": self.head_dim()}.get(mixer, 0)
+            require(width % 2 == 0, f"pos=rope turns pairs of features, but a {mixer} head is {width} wide: make it even")
         if "linear" in self.mixers:
-            require(self.normaliser != "sum" or phi.positive,
-                    f"normaliser=sum divides by a sum that feature_map={self.feature_map} can make zero or negative: "
-                    "take normaliser=rms, or feature_map elu, relu or taylor")
-            require(self.normaliser != "sum" or self.pos != "rope" or not phi.can_vanish,
-                    f"feature_map={self.feature_map} can make all weights zero, and pos=rope then leaves a numerator to "
-                    "divide by them: take pos=none, or feature_map=elu")
-            require(not self.delta or self.normaliser == "rms",
+            phi, name, summed = FEATURE_MAPS[self.feature_map], self.feature_map, self.normaliser == "sum"
+            require(not summed or phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
+                    "negative: take normaliser=rms, or feature_map elu, relu or taylor")
+            require(not (summed and phi.can_vanish and self.pos == "rope"), f"feature_map={name} can make all weights zero, "
+                    "and pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
+            require(not (summed and self.delta),
                     "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms")
-            require(not self.delta or phi.unit,
-                    f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {self.feature_map}")
-        require(self.causal or not ({"window", "conv"} & set(self.mixers) or self.short_conv or self.delta
-                                    or self.decay != "none"),
+            require(phi.unit or not self.delta,
+                    f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {name}")
+        ordered = {"window", "conv"} & {*self.mixers} or self.short_conv or self.delta or self.decay != "none"
+        require(self.causal or not ordered,
                 "causal=False has no order in time: only plain linear and softmax mixers have a bidirectional form")
 
     def head_dim(self, which=""):
@@ -182,73 +177,80 @@ def _form(form):
     """
     @functools.wraps(form)
     def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
-        B, H, T, d = q.shape
-        K, V = d if expand is None else expand.phi(q[0, 0, :1]).shape[-1], v.shape[-1] + (divide_by is not None)
-        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, v.shape[-1])), log_decay=(log_decay, (B, H, T)),
-                      beta=(beta, (B, H, T)), state=(state, (B, H, K, V)))
+        (B, H, T, d), V, expand = q.shape, v.shape[-1], expand or FEATURE_MAPS["identity"]
+        state_shape = (B, H, expand.phi(q[0, 0, :1]).shape[-1], V + (divide_by is not None))
+        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, V)), log_decay=(log_decay, (B, H, T)),
+                      beta=(beta, (B, H, T)), state=(state, state_shape))
         for name, (x, shape) in wanted.items():
-            require(x is None or x.shape == shape,
-                    f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {None if x is None else tuple(x.shape)}")
+            if x is not None and x.shape != shape:
+                raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
         require(beta is None or divide_by is None, "divide_by needs a sum of weights, and with beta there is none")
         # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
         wide = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(B, H, K, V, dtype=wide) if state is None else state
+        state = q.new_zeros(state_shape, dtype=wide) if state is None else state
 
         def run(q, k, v, state):
-            return form(*(x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state)),
-                        expand=expand or _IDENTITY, **options)
+            arguments = (x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state))
+            return form(*arguments, expand=expand, **options)
         with torch.autocast(q.device.type, enabled=False):
             if divide_by is None:
                 y, state = run(q, k, v, state)
+                return y.to(q.dtype), state
+            ones = torch.ones_like(v[..., :1])
+            if divide_by[0] is q and divide_by[1] is k:                           # both sums in one pass
+                y, state = run(q, k, torch.cat([v, ones], dim=-1), state)
+                y, weights = y.split([V, 1], dim=-1)
             else:
-                ones = torch.ones_like(v[..., :1])
-                if divide_by[0] is q and divide_by[1] is k:
-                    y, state = run(q, k, torch.cat([v, ones], dim=-1), state)
-                    y, z = y.split([V - 1, 1], dim=-1)
-                else:
-                    S, Z = state.split([V - 1, 1], dim=-1)
-                    (y, S), (z, Z) = run(q, k, v, S), run(*divide_by, ones, Z)
-                    state = torch.cat([S, Z], dim=-1)
-                y = y / (z + 1e-6)                                                # relu can make all weights zero
-        return y.to(q.dtype), state
+                S, Z = state.split([V, 1], dim=-1)
+                (y, S), (weights, Z) = run(q, k, v, S), run(*divide_by, ones, Z)
+                state = torch.cat([S, Z], dim=-1)
+            return (y / (weights + 1e-6)).to(q.dtype), state                      # relu can make all weights zero
     return checked
 
 
-_IDENTITY = FeatureMap(lambda x: x)
+def _decays(log_decay):
+    """G, and the shares that are left: of the start at token i, of token i at the end, of the start at the end.
+
+    None stands for no decay, here and in what takes these: for all of it.
+    """
+    if log_decay is None:
+        return None, None, None, None
+    G = log_decay.cumsum(-1)                                                      # (...,C)
+    return G, G.exp()[..., None], (G[..., -1:] - G).exp()[..., None], G[..., -1, None, None].exp()
 
 
-def _scores(q, k, expand):
-    """phi(q_i).phi(k_j) for all i, j of the last two dimensions' rows."""
-    s = q @ k.mT
-    return s if expand.kernel is None else expand.kernel(s, q.shape[-1])
+def _times(x, share):
+    return x if share is None else x * share
 
 
-def _decayed(scores, c):
-    """scores_ij exp(c_i - c_j) for i >= j, else 0: what i still sees of j. c is None: no decay."""
-    if c is None:
+def _scores(q, k, G, expand):
+    """(q k^T) D: phi(q_i).phi(k_j) exp(G_i - G_j) for i >= j, else 0."""
+    scores = q @ k.mT
+    if expand.kernel is not None:
+        scores = expand.kernel(scores, q.shape[-1])
+    if G is None:
         return scores.tril()
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. For the same reason never
-    # split it into exp(c_i) exp(-c_j).
-    return scores * (c[..., :, None] - c[..., None, :]).masked_fill(future, -math.inf).exp()
+    # split it into exp(G_i) exp(-G_j).
+    return scores * (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
 
 
-def _delta_writes(k, v, beta, c, expand, rhs):
-    """Solves (I + tril(b k k^T D, -1)) u = b rhs: what the delta rule writes, given all earlier writes [5, Eq. 10]."""
-    L = beta[..., None] * _decayed(_scores(k, k, expand), c).tril(-1)
-    return torch.linalg.solve_triangular(L, beta[..., None] * rhs, upper=False, unitriangular=True)
+def _delta_writes(k, beta, G, expand, wanted):
+    """Solves (I + tril(b (k k^T) D, -1)) u = b wanted: what the delta rule writes, given all earlier writes [5, Eq. 10]."""
+    earlier = (beta[..., None] * _scores(k, k, G, expand)).tril(-1)
+    return torch.linalg.solve_triangular(earlier, beta[..., None] * wanted, upper=False, unitriangular=True)
 
 
 @_form
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
-    """All pairs of tokens at once: y = (q k^T D) u + exp(c) q S_0. The definition, in O(T^2)."""
-    c = None if log_decay is None else log_decay.cumsum(-1)                       # (B,H,T)
-    from_start = 1.0 if c is None else c.exp()[..., None]
-    to_end = 1.0 if c is None else (c[..., -1:] - c).exp()[..., None]
-    phi_q, phi_k = expand.phi(q) * from_start, expand.phi(k)
-    u = v if beta is None else _delta_writes(k, v, beta, c, expand, v - from_start * (phi_k @ state))
-    y = _decayed(_scores(q, k, expand), c) @ u + phi_q @ state
-    return y, (1.0 if c is None else c[..., -1, None, None].exp()) * state + (phi_k * to_end).mT @ u
+    """All pairs of tokens at once: y = ((q k^T) D) u + exp(G) q S_0. The definition, in O(T^2)."""
+    G, from_start, to_end, through = _decays(log_decay)
+    phi_q, phi_k, u = expand.phi(q), expand.phi(k), v
+    if beta is not None:
+        u = _delta_writes(k, beta, G, expand, v - _times(phi_k @ state, from_start))
+    y = _scores(q, k, G, expand) @ u + _times(phi_q @ state, from_start)
+    return y, _times(state, through) + _times(phi_k, to_end).mT @ u
 
 
 @_form
@@ -274,34 +276,33 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
 
     # 1. Cut time into N chunks. Zeros fill up the last one: a zero value (and a zero beta) writes nothing.
     def chunks(x):
-        return F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))  # (B,H,N,C,...)
-    q, k, v = chunks(q), chunks(k), chunks(v)
-    c = None if log_decay is None else chunks(log_decay).cumsum(-1)               # (B,H,N,C)
-    from_start, to_end, through = (1.0, 1.0, None) if c is None else (
-        c.exp()[..., None], (c[..., -1:] - c).exp()[..., None], c[..., -1, None, None].exp())
-    phi_q, phi_k = expand.phi(q) * from_start, expand.phi(k)                      # (B,H,N,C,K)
+        return None if x is None else F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))
+    q, k, v, log_decay, beta = map(chunks, (q, k, v, log_decay, beta))            # (B,H,N,C,...)
+    G, from_start, to_end, through = _decays(log_decay)
+    phi_q, phi_k = _times(expand.phi(q), from_start), expand.phi(k)               # (B,H,N,C,K)
 
     # 2. What each chunk writes, u - w S: with the delta rule it depends on the state S the chunk starts from.
-    u, w = v, None
+    u, w, k_end = v, None, _times(phi_k, to_end).mT                               # k_end (B,H,N,K,C)
     if beta is not None:
-        rhs = torch.cat([v, phi_k * from_start], dim=-1)
-        u, w = _delta_writes(k, v, chunks(beta), c, expand, rhs).split([v.shape[-1], phi_k.shape[-1]], dim=-1)
-    k_end = (phi_k * to_end).mT                                                   # (B,H,N,K,C)
+        both = _delta_writes(k, beta, G, expand, torch.cat([v, _times(phi_k, from_start)], dim=-1))
+        u, w = both.split([v.shape[-1], phi_k.shape[-1]], dim=-1)
+        erases = k_end @ w                                                        # (B,H,N,K,K)
     writes = k_end @ u                                                            # (B,H,N,K,V)
-    erases = None if beta is None else k_end @ w                                  # (B,H,N,K,K)
 
     # 3. The recurrence again, one step per chunk.
     starts = []                                                                   # N of (B,H,K,V)
     for n in range(q.shape[2]):
         starts.append(state)
-        kept = state if through is None else through[:, :, n] * state
-        state = kept + writes[:, :, n] - (0.0 if erases is None else erases[:, :, n] @ state)
+        kept = _times(state, None if through is None else through[:, :, n])
+        if w is not None:
+            kept = kept - erases[:, :, n] @ state
+        state = kept + writes[:, :, n]
     start = torch.stack(starts, dim=2)                                            # (B,H,N,K,V)
 
     # 4. Each query reads what came before its chunk, and its chunk up to itself.
     if w is not None:
         u = u - w @ start
-    y = phi_q @ start + _decayed(_scores(q, k, expand), c) @ u                    # (B,H,N,C,V)
+    y = phi_q @ start + _scores(q, k, G, expand) @ u                              # (B,H,N,C,V)
     return y.flatten(2, 3)[:, :, :T], state
 
 
@@ -341,8 +342,8 @@ def rotate(x, table):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Mixers: what lets tokens see each other. Each is called as mixer(x, state, ropes): x (B,T,D); its state, None at the
-# start of a text; and the rope table of each head width. It returns its output (B,T,D) and its new state.
+# Mixers: what lets tokens see each other. Each is called as mixer(x, state, ropes): x (B,T,dim); its state, None at the
+# start of a text; and the rope table of each head width. It returns its output (B,T,dim) and its new state.
 
 
 def heads(x, n_heads):
@@ -381,23 +382,20 @@ class Linear(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, H, D = config, config.n_heads, config.dim
-        self.K, self.V = config.head_dim("k"), config.head_dim("v")
-        self.map = FEATURE_MAPS[config.feature_map]
-        self.qkv = nn.Linear(D, H * (2 * self.K + self.V), bias=False)
-        self.out = nn.Linear(H * self.V, D, bias=False)
+        self.config, self.map, dim, H = config, FEATURE_MAPS[config.feature_map], config.dim, config.n_heads
+        self.widths = [H * config.head_dim(which) for which in ("k", "k", "v")]   # of q, k and v, all heads together
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
+        self.out = nn.Linear(self.widths[2], dim, bias=False)
         if config.short_conv:
-            self.conv = CausalConv(self.qkv.out_features, 4)
+            self.conv = CausalConv(sum(self.widths), 4)
         if config.output_gate:
-            self.gate = nn.Linear(D, H * self.V, bias=False)
+            self.gate = nn.Linear(dim, self.widths[2], bias=False)
         if config.delta:
-            self.beta = nn.Linear(D, H, bias=False)
+            self.beta = nn.Linear(dim, H, bias=False)
         if config.normaliser == "rms":
-            self.norm = nn.RMSNorm(self.V, eps=1e-6)
-        if config.decay == "fixed":                                               # gamma = 1 - 2^(-5-h) [3, Eq. 8]
-            self.register_buffer("log_gamma", torch.log1p(-2.0 ** (-5.0 - torch.arange(H))), persistent=False)
+            self.norm = nn.RMSNorm(config.head_dim("v"), eps=1e-6)
         if config.decay == "gated":                                               # g = -A softplus(x W + bias) [8]
-            self.decay = nn.Linear(D, H, bias=False)
+            self.decay = nn.Linear(dim, H, bias=False)
             self.decay_bias = nn.Parameter(torch.empty(H))
             self.log_A = nn.Parameter(torch.empty(H))
 
@@ -409,24 +407,19 @@ class Linear(nn.Module):
             self.log_A.uniform_(1, 16).log_()
 
     def forward(self, x, state, ropes):
-        config, T = self.config, x.shape[1]
-        conv_state, S = (None, None) if state is None else state
+        config, (conv_state, S) = self.config, state or (None, None)
         qkv = self.qkv(x)
         if config.short_conv:
             qkv, conv_state = self.conv(qkv, conv_state)
-        q, k, v = (heads(z, config.n_heads) for z in qkv.split([config.n_heads * w for w in (self.K, self.K, self.V)], -1))
+        q, k, v = (heads(part, config.n_heads) for part in qkv.split(self.widths, dim=-1))
         if config.short_conv:
             v = F.silu(v)                                                         # as [5, 6]; q and k get their map
-        form, attend = functools.partial(linear_attention_chunked, chunk_size=config.chunk_size), self.attend
-        if not config.causal:
-            form = linear_attention_bidirectional
-        elif T == 1:
-            form = linear_attention_recurrent
-        elif kernels.available(q, v):                                             # the chunked form again, on a GPU
-            form = kernels.linear_attention_triton
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():      # what the form stores is cheap to remake
+        beta = self.beta(x).sigmoid().transpose(1, 2) if config.delta else None   # (B,H,T)
+        form, attend = self.form(q, v), self.attend
+        if torch.is_grad_enabled() and not (form is kernels.linear_attention_triton or torch.compiler.is_compiling()):
+            # What a form stores for backward is cheap to remake.
             attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        y, S = attend(form, q, k, v, self.log_decay(x), self.write_strength(x), S, ropes.get(self.K))
+        y, S = attend(form, q, k, v, self.log_decay(x), beta, S, ropes.get(q.shape[-1]))
         if config.normaliser == "rms":
             y = self.norm(y.to(self.norm.weight.dtype))
         y = unheads(y)
@@ -434,16 +427,25 @@ class Linear(nn.Module):
             y = y * F.silu(self.gate(x))
         return self.out(y), (conv_state, S)
 
-    def log_decay(self, x):                                                       # (B,T,D) -> (B,H,T), fp32 or wider
-        if self.config.decay == "none":
-            return None
-        if self.config.decay == "fixed":
-            return self.log_gamma[:, None].expand(x.shape[0], -1, x.shape[1])
-        step = F.softplus((self.decay(x) + self.decay_bias).to(self.log_A.dtype))
-        return -(self.log_A.exp() * step).transpose(1, 2)
+    def form(self, q, v):
+        """The fastest form for these. On a GPU, the chunked one again, in Triton."""
+        if not self.config.causal:
+            return linear_attention_bidirectional
+        if q.shape[2] == 1:
+            return linear_attention_recurrent
+        if kernels.available(q, v):
+            return kernels.linear_attention_triton
+        return functools.partial(linear_attention_chunked, chunk_size=self.config.chunk_size)
 
-    def write_strength(self, x):                                                  # (B,T,D) -> (B,H,T)
-        return self.beta(x).sigmoid().transpose(1, 2) if self.config.delta else None
+    def log_decay(self, x):                                                       # (B,T,dim) -> (B,H,T)
+        """In fp32 or wider, the weights too: decays near 1 are what bf16 can't tell from 1."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.config.decay == "fixed":                                          # gamma = 1 - 2^(-5-h) [3, Eq. 8]
+            h = torch.arange(self.config.n_heads, device=x.device, dtype=wide)
+            return torch.log1p(-2.0 ** (-5 - h))[:, None].expand(x.shape[0], -1, x.shape[1])
+        if self.config.decay == "gated":
+            step = F.softplus(self.decay(x).to(wide) + self.decay_bias)
+            return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
 
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
         """The feature map, the rotation, and one form with or without the sum normaliser."""
@@ -465,39 +467,47 @@ class Softmax(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, state, ropes):
-        q, k, v = (heads(z, self.config.n_heads) for z in self.qkv(x).chunk(3, dim=-1))
-        rope = ropes.get(q.shape[-1])
-        y, state = self.attend(rotate(q, rope), rotate(k, rope), v, state)
-        return self.out(unheads(y)), state
+        q, k, v = (heads(part, self.config.n_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = (rotate(part, ropes.get(q.shape[-1])) for part in (q, k))
+        if state is not None:
+            k, v = (torch.cat(parts, dim=2) for parts in zip(state, (k, v)))      # (B,H,past+T,d)
+        return self.out(unheads(self.attend(q, k, v))), self.state(k, v)
 
-    def attend(self, q, k, v, state):
-        T, causal = q.shape[2], self.config.causal
-        if state is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal), (k, v)
-        k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T) if T > 1 else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), (k, v)
+    def state(self, k, v):
+        return k, v
+
+    def attend(self, q, k, v):
+        """q (B,H,T,d) are the last T tokens of k and v (B,H,past+T,d)."""
+        T, tokens = q.shape[2], k.shape[2]
+        if T == tokens:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
+        mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Window(Softmax):
-    """Softmax over the last w tokens, exact: O(T w) time, and a state of the last w keys and values."""
+    """Softmax over the last w tokens, exact: O(T w) time, and a state of the last w - 1 keys and values.
 
-    def attend(self, q, k, v, state):
-        T, w = q.shape[2], self.config.window
-        if state is not None:
-            k, v = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        new_state = (k[:, :, -w:].clone(), v[:, :, -w:].clone())                  # clones: views would keep k and v
-        # Blocks of c queries, each beside the w keys before it and its own c keys. Missing keys are zeros, masked.
-        c = min(w, T)
-        missing, end = w - (k.shape[2] - T), -T % c
-        k, v = (F.pad(z, (0, 0, missing, end)).unfold(2, w + c, c).mT for z in (k, v))   # (B,H,N,w+c,d)
-        q = F.pad(q, (0, 0, 0, end)).unflatten(2, (-1, c))                        # (B,H,N,c,d)
-        key = torch.arange(w + c, device=q.device)
-        age = torch.arange(c, device=q.device)[:, None] + w - key                 # (c,w+c), 0 is the token itself
-        first = torch.arange(0, T, c, device=q.device)[:, None, None]             # (N,1,1)
-        mask = (0 <= age) & (age < w) & (first + key >= missing)                  # (N,c,w+c)
+    The state is what a ring buffer holds, in order and never overwritten: one state can go on in several ways.
+    """
+
+    def state(self, k, v):
+        return tuple(part[:, :, max(0, part.shape[2] - self.config.window + 1):].clone() for part in (k, v))
+
+    def attend(self, q, k, v):
+        T, w, past = q.shape[2], self.config.window, k.shape[2] - q.shape[2]
+        if k.shape[2] <= w:                                                       # all in sight; so for every single step
+            return super().attend(q, k, v)
+        # Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked.
+        n = min(w, T)
+        k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))   # (B,H,N,w+n,d)
+        q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                     # (B,H,N,n,d)
+        key = torch.arange(w + n, device=q.device)
+        age = torch.arange(n, device=q.device)[:, None] + w - key                 # (n,w+n), 0 is the token itself
+        first = torch.arange(0, T, n, device=q.device)[:, None, None]             # (N,1,1)
+        mask = (0 <= age) & (age < w) & (first + key >= w - past)                 # (N,n,w+n)
         y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-        return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T], new_state
+        return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
 
 
 class Conv(nn.Module):
@@ -525,22 +535,25 @@ MIXERS = {"linear": Linear, "window": Window, "softmax": Softmax, "conv": Conv}
 # Block and model
 
 
+def swiglu(x):
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
+MLPS = {"gelu": F.gelu, "swiglu": swiglu, "relu2": lambda x: F.relu(x).square()}
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.kind = config.mlp
-        hidden = round(config.mlp_ratio * config.dim)
-        if self.kind == "swiglu":                                                 # three matrices for the price of two
-            hidden = round(hidden * 2 / 3 / 8) * 8
-        self.up = nn.Linear(config.dim, hidden * (2 if self.kind == "swiglu" else 1), bias=False)
+        self.activation, hidden, inner = MLPS[config.mlp], round(config.mlp_ratio * config.dim), 1
+        if config.mlp == "swiglu":                                                # three matrices for the price of two
+            hidden, inner = round(hidden * 2 / 3 / 8) * 8, 2
+        self.up = nn.Linear(config.dim, hidden * inner, bias=False)
         self.out = nn.Linear(hidden, config.dim, bias=False)
 
     def forward(self, x):
-        x = self.up(x)
-        if self.kind == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            return self.out(F.silu(gate) * x)
-        return self.out(F.gelu(x) if self.kind == "gelu" else F.relu(x).square())
+        return self.out(self.activation(self.up(x)))
 
 
 def make_norm(config):
@@ -583,7 +596,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
     The gradient of each chunk is taken while its logits are there, so backward costs no second product with W.
-    x (rows,D); weight (vocab or more,D), rows past the vocabulary are padding; targets (rows,), -1 is not counted.
+    x (rows,dim); weight (vocab or more,dim), rows past the vocabulary are padding; targets (rows,), -1 is not counted.
     """
 
     @staticmethod
@@ -655,12 +668,13 @@ class LM(nn.Module, Shared):
                                         self.config.vocab_size, chunk, self.softmax_loss, torch.is_grad_enabled()), state
 
     def hidden(self, idx, state=None):
-        """The blocks' output before the output projection: idx (B,T) -> (B,T,D), and the new state."""
+        """The blocks' output before the output projection: idx (B,T) -> (B,T,dim), and the new state."""
         config, T = self.config, idx.shape[1]
         require(state is None or config.causal, "causal=False reads a text whole: there is no state to go on from")
         require(T > 0, "there must be at least one token to read")
-        past = torch.zeros((), dtype=torch.long, device=idx.device) if state is None else state["tokens"]
-        layers = [None] * config.depth if state is None else state["layers"]
+        if state is None:
+            state = {"tokens": torch.zeros((), dtype=torch.long, device=idx.device), "layers": [None] * config.depth}
+        past = state["tokens"]
         positions = past + torch.arange(T, device=idx.device)
         x = self.embed(idx)
         if config.pos == "learned":
@@ -673,11 +687,11 @@ class LM(nn.Module, Shared):
         ropes = {}
         if config.pos == "rope":
             ropes = {width: rope_table(positions, width) for width in {config.head_dim("k"), config.head_dim()}}
-        new_layers = []
-        for block, layer in zip(self.blocks, layers):
+        layers = []
+        for block, layer in zip(self.blocks, state["layers"]):
             x, layer = block(x, layer, ropes)
-            new_layers.append(layer)
-        return self.norm(x), {"tokens": past + T, "layers": new_layers}
+            layers.append(layer)
+        return self.norm(x), {"tokens": past + T, "layers": layers}
 
     def logits(self, x):
         return self.unembed(x)[..., :self.config.vocab_size]
