@@ -10,13 +10,15 @@ import bench
 import configurator
 import model
 import prepare
+import recall
 import sample
 import test_sample
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"prepare.py": (prepare.PrepareConfig,), "sample.py": (sample.SampleConfig,),
+CONFIGS = {"prepare.py": (prepare.PrepareConfig,), "recall.py": (recall.RecallConfig,),
+           "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
            "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig)}
 TEXTS = {"README.md": README} | {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]}

@@ -1,0 +1,659 @@
+"""The recall-throughput tradeoff, measured: multi-query associative recall (MQAR) against state size and decoding speed.
+
+    python recall.py                        a small version that shows the ordering: two CPU cores, about five minutes
+    python recall.py --full                 the published setting [1, Figure 2], for a GPU
+    python recall.py --full --minutes=10    as far as ten minutes go; the same command later goes on from there
+    python recall.py --smoke                one short run of each kind in the published sizes: does the GPU path work?
+
+A sequence states pairs of a key and a value, then asks for each key once; at each question the model must say the value:
+
+    key 7  value 91  key 3  value 64  .  .  key 3 (answer: 64)  .  key 7 (answer: 91)  .  .        . is a random token
+
+A model can only answer from what its state has kept, so accuracy against the bytes of the state is the price of a small
+state, and accuracy against decoding speed is what it buys. Models are LM of model.py, two layers: the gated convolution,
+which can put a key beside its value, then the mixer in question.
+
+Each run is one JSON file in out_dir, written when it is done; runs that are there are not repeated. A run stops early
+at a mean accuracy of 0.99 over the test settings, as in [1]; the remaining learning rates of that configuration and
+seed are then left out, since they could not change the figure. Learning rates are tried in the order given; one that
+half-way is 0.1 behind a finished one of the same configuration and seed is given up. Test accuracy picks the learning
+rate, as published.
+
+Differs from [1] and its code: our gated convolution has no bias, no skip of its own, and a SiLU; no dropout on attention
+weights; windows of 64 tokens where theirs see 65; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16).
+
+  [1] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
+"""
+import dataclasses
+import json
+import math
+import os
+import queue
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
+
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import UserError, command, configure
+from model import LM, ModelConfig
+from train import autocast, pick_device, pick_precision, replacing, say
+
+
+@dataclass
+class RecallConfig:
+    full: bool = False               # the published setting: hours on a CPU
+    smoke: bool = False              # its sizes with hardly any steps: whether everything works, within a minute or two
+    minutes: float = 0.0             # start no more training steps after this time; 0 is no limit
+    only: str = ""                   # configurations to run, separated by commas; all by default
+    seeds: int = 0                   # runs of each configuration and learning rate; 0 is 2, with --full 1
+    epochs: int = 0                  # passes over the training set; 0 is that of the setting
+    workers: int = 0                 # processes that share the machine; 0 is 4 on a GPU, on a CPU one a core, at most 4
+    device: str = "auto"             # as for train.py
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py, but auto is fp32 on a CPU
+    compile: bool = True             # torch.compile and CUDA graphs; on a CPU neither is used
+    out_dir: str = ""                # where the runs are kept; out/recall/small, full or smoke by default
+
+    def __post_init__(self):
+        for key in ("minutes", "seeds", "epochs", "workers"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if self.full and self.smoke:
+            raise ValueError("full and smoke are different settings: take one of them")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The settings
+
+
+class Part(NamedTuple):
+    """Sequences of one shape: T tokens, of which 2 pairs are the pairs and `pairs` are questions."""
+    T: int
+    pairs: int
+    examples: int
+
+    def name(self):
+        return f"{self.T}x{self.pairs}"
+
+
+@dataclass
+class Setting:
+    vocab_size: int
+    train: tuple           # Parts, in the order in which every epoch goes through them: easy before hard
+    test: tuple
+    batch_size: int
+    epochs: int
+    lrs: tuple             # best guess first
+    seeds: int
+    models: dict           # name -> fields of ModelConfig
+    decode_batch: int      # sequences decoded at once
+
+    def config(self, name):
+        fields = dict(vocab_size=self.vocab_size, depth=2, n_heads=1, pos="none", norm="layer", mlp_ratio=0, dropout=0.1,
+                      seq_len=max(part.T for part in self.test)) | self.models[name]
+        return ModelConfig(**fields)
+
+
+def conv_and(mixer, dim, **fields):
+    return dict(mixers=f"conv {mixer}", dim=dim, **fields)
+
+
+def based(dim, feature_dim):
+    return conv_and("linear", dim, feature_map="taylor", feature_dim=feature_dim)
+
+
+def deltanet(dim, **fields):
+    return conv_and("linear", dim, n_heads=2, feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, **fields)
+
+
+def gated_deltanet(dim):
+    return deltanet(dim, decay="gated", expand_v=2.0)
+
+
+FULL = Setting(                                                                   # [1, Figure 2]
+    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1, decode_batch=1024,
+    train=(Part(64, 4, 100_000), Part(128, 8, 20_000), Part(256, 16, 20_000), Part(256, 32, 20_000), Part(256, 64, 20_000)),
+    test=tuple(Part(T, pairs, 1000) for T, pairs in
+               ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))),
+    models={"based d64 f16": based(64, 16), "gated_deltanet d64": gated_deltanet(64), "softmax d64": conv_and("softmax", 64),
+            "deltanet d64": deltanet(64), "based d64 f8": based(64, 8), "elu d64": conv_and("linear", 64),
+            "window64 d128": conv_and("window", 128, window=64), "based d128 f16": based(128, 16),
+            "gated_deltanet d128": gated_deltanet(128), "deltanet d128": deltanet(128), "elu d128": conv_and("linear", 128),
+            "based d48 f8": based(48, 8), "softmax d128": conv_and("softmax", 128)})
+SMALL = Setting(
+    vocab_size=256, batch_size=64, epochs=16, lrs=(1e-2,), seeds=2, decode_batch=64,
+    train=(Part(32, 4, 4096), Part(64, 8, 2048), Part(64, 16, 2048)),
+    test=(Part(32, 4, 256), Part(64, 8, 256), Part(64, 16, 256), Part(128, 32, 256)),
+    models={"softmax d32": conv_and("softmax", 32), "based d32 f8": based(32, 8), "gated_deltanet d32": gated_deltanet(32),
+            "deltanet d32": deltanet(32), "elu d32": conv_and("linear", 32), "window16 d32": conv_and("window", 32, window=16)})
+SMOKE = dataclasses.replace(
+    FULL, epochs=1, lrs=FULL.lrs[:1], train=tuple(part._replace(examples=512) for part in FULL.train),
+    test=tuple(part._replace(examples=64) for part in FULL.test),
+    models={name: FULL.models[name] for name in ("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128")})
+
+# Read off the figures of [1] and of its code's page, +-0.01: bytes of the state, accuracy.
+PUBLISHED = {"based d48 f8": (9.4e3, 0.67), "based d64 f8": (12.5e3, 0.72), "based d64 f16": (40.5e3, 0.91),
+             "based d128 f16": (80e3, 0.985), "deltanet d64": (9.0e3, 0.79), "deltanet d128": (34e3, 0.96),
+             "gated_deltanet d64": (17e3, 0.89), "gated_deltanet d128": (67e3, 0.99), "window64 d128": (67e3, 0.515)}
+SOLVED, BEHIND = 0.99, 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+def distinct(n, count, size, generator, log_weight=0.0):
+    """n rows of `size` different numbers below count, drawn one after the other with the given log weights.
+
+    The order of weights plus Gumbel noise is the order of such draws, so one topk makes them all at once.
+    """
+    noise = torch.rand(n, count, generator=generator, device=generator.device).clamp(min=1e-20).log().neg().log().neg()
+    return (noise + log_weight).topk(size, dim=1).indices
+
+
+def make_part(part, vocab_size, generator, rows=4096):
+    """The sequences of a Part: tokens (n,T), where the questions are (n,pairs), and their answers (n,pairs).
+
+    Keys are different numbers in 1..vocab/2 - 1, values different numbers from vocab/2 on. The pairs come first. In the
+    rest, every second place can hold a question; the gap of each, in such places, is drawn without replacement from a
+    power law, p(gap) ~ (gap + 1)^(0.01 - 1). All other places are random tokens.
+    """
+    T, pairs, half, device = part.T, part.pairs, vocab_size // 2, generator.device
+    space = T // 2 - pairs
+    assert pairs <= min(space, half - 1), f"{pairs} pairs and as many questions do not fit {T} tokens of {vocab_size} kinds"
+    log_weight = (0.01 - 1) * torch.arange(1, space + 1, device=device).log()
+    made = []
+    for start in range(0, part.examples, rows):
+        n = min(rows, part.examples - start)
+        keys = 1 + distinct(n, half - 1, pairs, generator)
+        values = half + distinct(n, half, pairs, generator)
+        where = 2 * pairs + 2 * distinct(n, space, pairs, generator, log_weight)
+        tokens = torch.randint(vocab_size, (n, T), generator=generator, device=device)
+        tokens[:, :2 * pairs] = torch.stack([keys, values], dim=-1).flatten(1)
+        made.append((tokens.scatter(1, where, keys), where, values))
+    return tuple(torch.cat(tensors) for tensors in zip(*made))
+
+
+def make_data(parts, vocab_size, seed, device):
+    generator = torch.Generator(device).manual_seed(seed)
+    return [make_part(part, vocab_size, generator) for part in parts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One configuration: a model that is trained from new weights for each learning rate and seed
+
+
+def answer_logits(model, tokens, where):
+    """Logits at the questions alone: where (B,pairs) -> (B,pairs,vocab). Only they count, and they are few."""
+    x, _ = model.hidden(tokens)
+    return model.logits(x.gather(1, where[..., None].expand(-1, -1, x.shape[-1])))
+
+
+def answer_loss(model, tokens, where, answers):
+    return F.cross_entropy(answer_logits(model, tokens, where).flatten(0, 1).float(), answers.flatten())
+
+
+def new_model(config, seed):
+    torch.manual_seed(seed)
+    model = LM(config)
+    for block in model.blocks:
+        block.dropout = 0.0                                                       # on the embedding alone [1]
+    return model
+
+
+class Trainer:
+    """Trains one configuration again and again. On a GPU each shape of batch is compiled once and captured once as a
+    CUDA graph of forward, backward and AdamW: 700 steps an epoch of mostly tiny kernels cost what the kernels cost.
+    """
+
+    def __init__(self, config, setting, device, precision, use_graphs):
+        self.config, self.setting, self.device, self.precision = config, setting, device, precision
+        self.model = new_model(config, 0).to(device).train()
+        self.lr = torch.zeros((), device=device)
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr if cuda else 0.0, weight_decay=0.1,
+                                           fused=True, **({"capturable": True} if cuda else {}))
+        self.total = torch.zeros((), device=device)                               # loss since it was last read
+        self.graphs, self.use_graphs, self.loss = {}, use_graphs and cuda, answer_loss
+        if self.use_graphs:
+            torch._dynamo.config.cache_size_limit = 256                           # shapes times configurations
+            self.loss = torch.compile(answer_loss, dynamic=False)
+
+    @torch.no_grad()
+    def reset(self, seed):
+        """New weights and a new optimiser state, in the same memory: the graphs know it by address."""
+        fresh = dict(new_model(self.config, seed).named_parameters())
+        for name, p in self.model.named_parameters():
+            p.copy_(fresh[name])
+            for value in self.optimizer.state.get(p, {}).values():
+                value.zero_()
+        self.total.zero_()
+
+    def set_lr(self, lr):
+        self.lr.fill_(lr)
+        if self.device.type != "cuda":
+            self.optimizer.param_groups[0]["lr"] = lr
+
+    def compute(self, batch):
+        with autocast(self.device, self.precision):
+            loss = self.loss(self.model, *batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.use_graphs)
+        self.total += loss.detach()
+
+    def step(self, batch):
+        shape = tuple(batch[0].shape), batch[1].shape[1]
+        if not self.use_graphs:
+            return self.compute(batch)
+        if shape not in self.graphs:
+            self.graphs[shape] = self.capture(batch)
+        graph, static = self.graphs[shape]
+        for mine, new in zip(static, batch):
+            mine.copy_(new)
+        graph.replay()
+
+    def capture(self, batch):
+        """The graph of one step at this shape of batch. Warming up trains, so what it changed is put back."""
+        static = [x.clone() for x in batch]
+        kept = [p.detach().clone() for p in self.model.parameters()], self.total.clone(), self.lr.clone()
+        old = {p: {key: value.clone() for key, value in state.items()} for p, state in self.optimizer.state.items()}
+        self.lr.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.compute(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.compute(static)
+        with torch.no_grad():
+            for p, before in zip(self.model.parameters(), kept[0]):
+                p.copy_(before)
+                for key, value in self.optimizer.state[p].items():
+                    value.copy_(old[p][key]) if p in old else value.zero_()
+            self.total.copy_(kept[1])
+            self.lr.copy_(kept[2])
+        return graph, static
+
+    def prepare(self, data):
+        """Compiles and captures every shape, before the clock that matters runs."""
+        if self.use_graphs:
+            for part in data:
+                for batch in self.batches(part):
+                    shape = tuple(batch[0].shape), batch[1].shape[1]
+                    if shape not in self.graphs:
+                        self.graphs[shape] = self.capture(batch)
+
+    def batches(self, part):
+        """Whole batches, in the order in which they were made. The last one is cut off where it is smaller."""
+        size = self.setting.batch_size
+        for start in range(0, len(part[0]) - size + 1, size):
+            yield [x[start:start + size] for x in part]
+
+    @torch.no_grad()
+    def test(self, data):
+        """Accuracy of each test part."""
+        self.model.eval()
+        right = []
+        for tokens, where, answers in data:
+            hits = []
+            for batch in zip(*(x.split(max(1, 2 ** 18 // tokens.shape[1])) for x in (tokens, where, answers))):
+                with autocast(self.device, self.precision):
+                    hits.append((answer_logits(self.model, *batch[:2]).argmax(-1) == batch[2]).float().sum())
+            right.append(sum(hits) / answers.numel())
+        self.model.train()
+        return [round(x, 5) for x in torch.stack(right).tolist()]
+
+    def run(self, lr, seed, train_data, test_data, epochs, deadline, rival=None, tell=lambda *_: None):
+        """Trains from new weights; the record of the run, or None where the time ran out.
+
+        Cosine per epoch, to zero after the last one. rival: the history of a finished run to keep up with.
+        """
+        self.reset(seed)
+        torch.manual_seed(seed + 1)                                               # dropout
+        record = {"lr": lr, "seed": seed, "history": [], "end": "all epochs"}
+        start = time.perf_counter()
+        for epoch in range(epochs):
+            self.set_lr(lr * (1 + math.cos(math.pi * epoch / epochs)) / 2)
+            steps = 0
+            for part in train_data:
+                for batch in self.batches(part):
+                    self.step(batch)
+                    steps += 1
+                    if steps % 64 == 0 and time.time() > deadline:
+                        return None
+            accuracy = self.test(test_data)
+            loss, mean = self.total.item() / max(1, steps), statistics.mean(accuracy)
+            self.total.zero_()
+            record["history"].append({"epoch": epoch + 1, "loss": loss, "mean": mean, "accuracy": accuracy})
+            tell(epoch + 1, mean)
+            if not math.isfinite(loss):
+                record["end"] = "diverged"
+            elif mean > SOLVED:
+                record["end"] = "solved"
+            elif rival and epoch + 1 == max(1, epochs // 2) and mean < rival[min(epoch, len(rival) - 1)]["mean"] - BEHIND:
+                record["end"] = "behind"
+            if record["end"] != "all epochs":
+                break
+        # The accuracy that counts is the last one: no epoch is picked.
+        return record | record["history"][-1] | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a configuration costs
+
+
+def state_tensors(state):
+    """The tensors that must be kept to go on: all but the count of tokens."""
+    pending, found = list(state["layers"]), []
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif item is not None:
+            pending.extend(item)
+    return found
+
+
+@torch.no_grad()
+def state_bytes(config):
+    """Bytes of the state of one sequence in fp32, after as many tokens as the longest test has."""
+    _, state = LM(config).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
+    return sum(x.numel() * x.element_size() for x in state_tensors(state))
+
+
+@torch.no_grad()
+def decoding_speed(config, batch, device, precision, repeats=5, steps=8):
+    """Tokens per second of `batch` sequences decoded at once, after as many tokens as the longest test has.
+
+    Every step starts from the same state, which is what a step costs at that length; a softmax cache is copied to grow.
+    On a GPU the step is one CUDA graph: launches would hide the difference. Median of `repeats`, after a warm-up.
+    """
+    model = LM(config).to(device).eval()
+    tokens = torch.randint(config.vocab_size, (batch, config.seq_len), device=device)
+    with autocast(device, precision):
+        states = [model.hidden(piece)[1] for piece in tokens.split(64)]
+
+    def joined(items):
+        if isinstance(items[0], torch.Tensor):
+            return torch.cat(items)
+        return None if items[0] is None else type(items[0])(joined(list(column)) for column in zip(*items))
+    state = {"tokens": states[0]["tokens"], "layers": joined([s["layers"] for s in states])}
+    del states
+
+    def step():
+        with autocast(device, precision):
+            model(tokens[:, -1:], state=state)
+    if device.type != "cuda":
+        step()
+        return median_rate(step, batch, steps, repeats, lambda: None)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    return median_rate(graph.replay, batch, steps, repeats, torch.cuda.synchronize)
+
+
+def median_rate(step, batch, steps, repeats, finish):
+    times = []
+    for _ in range(repeats):
+        finish()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        finish()
+        times.append(time.perf_counter() - start)
+    return steps * batch / statistics.median(times)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All runs, on several processes: each keeps its configurations, and takes their learning rates in turn
+
+
+def run_file(folder, name, lr, seed):
+    return folder / f"{name.replace(' ', '-')}-lr{lr:.1e}-seed{seed}.json"
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value) + "\n")
+
+
+def read_runs(folder, setting, names):
+    """The finished runs, as {(name, lr, seed): record}. UserError where one is of other settings."""
+    runs = {}
+    for name in names:
+        for path in sorted(folder.glob(f"{name.replace(' ', '-')}-lr*.json")):
+            record = json.loads(path.read_text())
+            if record["setting"] != fingerprint(setting, name):
+                raise UserError(f"{path} is of other settings: take another --out_dir, or delete it")
+            runs[name, record["lr"], record["seed"]] = record
+    return runs
+
+
+def fingerprint(setting, name):
+    """What a run depends on, as JSON gives it back."""
+    same = {key: getattr(setting, key) for key in ("vocab_size", "train", "test", "batch_size", "epochs")}
+    return json.loads(json.dumps(same | {"model": dataclasses.asdict(setting.config(name))}))
+
+
+def needless(runs, name, lr, seed):
+    """A run that is done, or that cannot change the figure: another learning rate has solved the task."""
+    return (name, lr, seed) in runs or any(
+        run["end"] == "solved" for key, run in runs.items() if key[0] == name and key[2] == seed)
+
+
+def work(names, setting, folder, device, precision, use_graphs, threads, deadline, events):
+    """One worker process: the runs of some configurations, first all of them at the first learning rate."""
+    try:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
+        device = torch.device(device)
+        train_data = make_data(setting.train, setting.vocab_size, 123, device)
+        test_data = make_data(setting.test, setting.vocab_size, 456, device)
+        runs, trainers = read_runs(folder, setting, names), {}
+        for seed in range(setting.seeds):
+            for lr in setting.lrs:
+                for name in names:
+                    if time.time() > deadline:
+                        return events.put(("end",))
+                    if needless(runs, name, lr, seed):
+                        events.put(("done", name, lr, seed, 0, None))
+                        continue
+                    if name not in trainers:
+                        trainers[name] = usable(name, setting, device, precision, use_graphs, train_data)
+                    others = [run["history"] for key, run in runs.items() if key[0] == name and key[2] == seed]
+                    record = trainers[name].run(
+                        lr, seed, train_data, test_data, setting.epochs, deadline,
+                        max(others, key=lambda history: history[-1]["mean"], default=None),
+                        lambda epoch, mean: events.put(("epoch", name, lr, seed, epoch, mean)))
+                    if record is None:
+                        continue
+                    record |= {"name": name, "precision": precision, "graphs": trainers[name].use_graphs,
+                               "setting": fingerprint(setting, name), "machine": machine(device)}
+                    write_json(run_file(folder, name, lr, seed), record)
+                    runs[name, lr, seed] = record
+                    events.put(("done", name, lr, seed, record["epoch"], record["mean"]))
+        events.put(("end",))
+    except KeyboardInterrupt:
+        events.put(("end",))
+    except Exception as error:  # tell the parent, which outlives us
+        events.put(("failed", f"{type(error).__name__}: {error}"))
+        raise
+
+
+def usable(name, setting, device, precision, use_graphs, data):
+    """A Trainer that works here: compiled and captured if that can be done, otherwise plain, which says so."""
+    if use_graphs and device.type == "cuda":
+        try:
+            trainer = Trainer(setting.config(name), setting, device, precision, True)
+            start = time.perf_counter()
+            trainer.prepare(data)
+            say(f"{name}: compiled and captured in {time.perf_counter() - start:.0f} s")
+            return trainer
+        except Exception as error:  # no compiler, a kernel that cannot be captured: slower, but the same
+            say(f"{name}: without CUDA graphs, since {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
+    return Trainer(setting.config(name), setting, device, precision, False)
+
+
+def machine(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, torch {torch.__version__}"
+
+
+def run_all(names, setting, folder, device, precision, args, deadline):
+    """Starts the workers and shows how far they are."""
+    workers = args.workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(workers, len(names))
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    threads = max(1, torch.get_num_threads() // workers)
+    processes = [context.Process(target=work, daemon=True, args=(
+        names[i::workers], setting, folder, str(device), precision, args.compile, threads, deadline, events))
+        for i in range(workers)]
+    for process in processes:
+        process.start()
+    total, at, failures = len(names) * len(setting.lrs) * setting.seeds * setting.epochs, {}, []
+    with tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar:
+        living = workers
+        while living:
+            try:
+                kind, *rest = events.get(timeout=2)
+            except queue.Empty:
+                if not any(process.is_alive() for process in processes):
+                    break
+                continue
+            if kind in ("end", "failed"):
+                living -= 1
+                failures += rest
+                continue
+            name, lr, seed, epoch, mean = rest
+            key = (name, lr, seed)
+            reached = setting.epochs if kind == "done" else epoch
+            bar.update(reached - at.get(key, 0))
+            at[key] = reached
+            if kind == "done" and mean is not None:
+                tqdm.write(f"{name:20} lr {lr:.1e} seed {seed}: accuracy {mean:.3f} after {epoch} epochs", file=sys.stderr)
+    for process in processes:
+        process.join(timeout=10)
+    if failures:
+        raise UserError(f"a worker stopped: {failures[0]} (finished runs are kept; the same command goes on)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def summarise(names, setting, runs, costs):
+    """A row for each configuration that has a run: the best learning rate's mean accuracy, averaged over the seeds."""
+    rows = []
+    for name in names:
+        by_seed = {}
+        for (its_name, _, seed), run in runs.items():
+            if its_name == name:
+                by_seed.setdefault(seed, []).append(run)
+        if not by_seed:
+            continue
+        best = [max(seed_runs, key=lambda run: run["mean"]) for seed_runs in by_seed.values()]
+        rows.append({"name": name, "bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
+                     "mean": statistics.mean(run["mean"] for run in best), "seeds": [run["mean"] for run in best],
+                     "lrs": [run["lr"] for run in best], "tried": sum(map(len, by_seed.values())),
+                     "accuracy": [statistics.mean(column) for column in zip(*(run["accuracy"] for run in best))],
+                     "published": PUBLISHED.get(name, (None, None))[1]})
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def print_table(rows, setting):
+    parts = [part.name() for part in setting.test]
+    print(f"| model | state, bytes | tokens/s | accuracy | over seeds | published | lr | {' | '.join(parts)} |")
+    print("|" + "---|" * (7 + len(parts)))
+    for row in rows:
+        spread = "" if len(row["seeds"]) < 2 else f"{min(row['seeds']):.3f} to {max(row['seeds']):.3f}"
+        published = "" if row["published"] is None else f"{row['published']:.3f}"
+        print(f"| {row['name']} | {row['bytes']:,} | {row['tokens/s']:,.0f} | {row['mean']:.3f} | {spread} | {published} | "
+              f"{', '.join(f'{lr:.1e}' for lr in dict.fromkeys(row['lrs']))} | "
+              f"{' | '.join(f'{x:.2f}' for x in row['accuracy'])} |")
+    sys.stdout.flush()
+
+
+def plot(rows, path, title, with_published):
+    """Accuracy against bytes of state, and against decoding speed; published points as crosses."""
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no picture: that needs matplotlib (pip install matplotlib)")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    families = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    for i, family in enumerate(families):
+        mine = sorted((row for row in rows if row["name"].split()[0] == family), key=lambda row: row["bytes"])
+        for panel, key in zip(panels, ("bytes", "tokens/s")):
+            panel.plot([row[key] for row in mine], [row["mean"] for row in mine], "o-", color=f"C{i}", label=family)
+        theirs = [PUBLISHED[row["name"]] for row in mine if with_published and row["name"] in PUBLISHED]
+        panels[0].plot(*zip(*theirs) if theirs else ((), ()), "x", color=f"C{i}", label=f"{family}, published" if theirs else None)
+    panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
+    panels[1].set(xscale="log", xlabel="decoding, tokens per second")
+    for panel in panels:
+        panel.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    say(f"wrote {path}")
+
+
+def measure_costs(names, setting, folder, device, precision):
+    """Bytes and decoding speed of each configuration, measured one after the other before training starts."""
+    path = folder / "costs.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    for name in tqdm([name for name in names if name not in costs], desc="decoding", disable=None, leave=False):
+        config = setting.config(name)
+        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": setting.decode_batch,
+                       "tokens_per_s": decoding_speed(config, setting.decode_batch, device, precision)}
+        write_json(path, costs)
+    return costs
+
+
+def main():
+    start = time.time()
+    args, = configure(sys.argv[1:], RecallConfig, doc=__doc__, config_file=False)
+    kind, setting = ("full", FULL) if args.full else ("smoke", SMOKE) if args.smoke else ("small", SMALL)
+    setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds)
+    names = [name for name in setting.models if not args.only or name in args.only.split(",")]
+    if not names:
+        raise UserError(f"--only={args.only} names no configuration; there are {', '.join(setting.models)}")
+    device = pick_device(args.device)
+    precision = "fp32" if args.precision == "auto" and device.type != "cuda" else pick_precision(args.precision, device)
+    folder = Path(args.out_dir or f"out/recall/{kind}")
+    folder.mkdir(parents=True, exist_ok=True)
+    read_runs(folder, setting, names)
+    costs = measure_costs(names, setting, folder, device, precision)
+    run_all(names, setting, folder, device, precision, args, start + 60 * args.minutes if args.minutes else math.inf)
+    runs = read_runs(folder, setting, names)
+    rows = summarise(names, setting, runs, costs)
+    if not rows:
+        raise UserError("no run was finished in that time: the same command with more --minutes goes on")
+    print_table(rows, setting)
+    missing = sum(not needless(runs, name, lr, seed) for name in names for lr in setting.lrs for seed in range(setting.seeds))
+    say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of training, "
+        f"this call {time.time() - start:.0f} s" + (f"; {missing} runs are missing, the same command goes on" if missing else ""))
+    plot(rows, folder / "recall.png", f"MQAR, {kind}", kind == "full")
+
+
+if __name__ == "__main__":
+    command(main)
