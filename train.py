@@ -5,10 +5,11 @@
     python train.py config/base.py                    the same command again continues a run that was stopped
     python train.py config/base.py --eval_only        the validation loss of out_dir's checkpoint
     python train.py config/finetune.py --init_from=out/base --dataset=mine    goes on from its weights, on other text
+    torchrun --nproc_per_node=2 train.py config/base.py    the same run on two GPUs (without any, on two processes)
 
 Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
-data state, and grad_accum only splits it.
+data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
 import ctypes
 import dataclasses
@@ -34,11 +35,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
 from prepare import bin_problems, commit, locked, open_split, read_manifest, remake
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 @dataclass
@@ -48,7 +53,7 @@ class TrainConfig:
     out_dir: str = "out/base"        # where the run is kept
     init_from: str = ""              # start from the weights of a model: an out_dir, a checkpoint, a shared folder or hub id
     batch_size: int = 64             # sequences in an optimiser step, over everything
-    grad_accum: int = 4              # pieces a batch is cut into, to save memory; the result is the same
+    grad_accum: int = 4              # pieces a batch is cut into, over all processes, to save memory; the result is the same
     max_steps: int = 20000           # optimiser steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 2e-4                 # peak learning rate
@@ -85,8 +90,19 @@ class TrainConfig:
                 raise ValueError(f"{key} must be in 0..1, got {getattr(self, key)}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if self.batch_size % self.grad_accum:
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of grad_accum={self.grad_accum}")
+        if self.batch_size % (self.passes * WORLD):
+            pieces = f"grad_accum={self.grad_accum}" if WORLD == 1 else f"{WORLD} processes times {self.passes} pieces each"
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of {pieces}")
+
+    @property
+    def passes(self):
+        """Pieces of a batch that each process goes through, one after the other."""
+        return -(-self.grad_accum // WORLD)
+
+    @property
+    def piece(self):
+        """Sequences in a piece."""
+        return self.batch_size // (self.passes * WORLD)
 
 
 # Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
@@ -95,15 +111,63 @@ FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The processes that torchrun starts: each runs this file on its share of every batch
+
+
+@contextmanager
+def processes():
+    """Joins the processes of the run. The first of them that fails says why; the others then end without a word."""
+    if WORLD == 1:
+        yield
+        return
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=RANK, world_size=WORLD)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if store.add("failed", 1) > 1:
+            os._exit(1)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError(f"another process of this run has died ({str(error).splitlines()[0][:100]}): "
+                            "the same command goes on from the last checkpoint") from None
+        raise
+    dist.destroy_process_group()
+
+
+def reduce(value, op=dist.ReduceOp.SUM, device="cpu"):
+    """The sum (or other op) of a number over all processes."""
+    if WORLD == 1:
+        return value
+    value = torch.as_tensor(value, device=device)
+    dist.all_reduce(value, op)
+    return value.item()
+
+
+def gather(value):
+    """The values that the processes have, in the order of their ranks."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The machine
 
 
 def pick_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; of several processes each takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cpu":
         keep_freed_memory()
+    if WORLD > 1 and name == "cuda":
+        local, here = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes need a GPU each, and there are {torch.cuda.device_count()}: "
+                            "start fewer with --nproc_per_node, or take --device=cpu")
+        name = f"cuda:{local}"
+        torch.cuda.set_device(local)
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -190,7 +254,13 @@ def out_of_memory(mend):
 
 
 def say(line):
-    tqdm.write(line, file=sys.stderr)
+    if RANK == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def progress(*args, **options):
+    """A progress bar, of one process and on a terminal only."""
+    return tqdm(*args, disable=True if RANK else None, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,16 +418,18 @@ def train_step(model, optimizer, windows, step, config, device, spikes):
     """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
-    numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
-    size, loss = config.batch_size // config.grad_accum, 0.0
-    for i in range(0, config.batch_size, size):
-        x, y = windows.batch(numbers[i:i + size], model.config.vocab_size, device)
-        with autocast(device, config.precision):
-            part = model(x, y)[0] / config.grad_accum                             # the mean over the whole batch
-        part.backward()
+    torch.manual_seed(int(np.random.default_rng((config.seed, step, RANK)).integers(2**63)))  # dropout differs by rank
+    first, loss = step * config.batch_size + RANK * config.passes * config.piece, 0.0
+    for i in range(config.passes):
+        start = first + i * config.piece
+        x, y = windows.batch(range(start, start + config.piece), getattr(model, "module", model).config.vocab_size, device)
+        alone = isinstance(model, DistributedDataParallel) and i < config.passes - 1
+        with autocast(device, config.precision), model.no_sync() if alone else nullcontext():
+            part = model(x, y)[0] / config.passes                                 # the mean over the whole batch
+        part.backward()                                                           # DDP: the last averages over the ranks
         loss += part.detach()
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-    loss = float(loss)
+    loss = float(reduce(loss, device=device)) / WORLD
     spike = spikes(loss)
     skip = not math.isfinite(loss) or not math.isfinite(grad_norm) or spike and config.skip_spikes
     if not skip:
@@ -372,14 +444,14 @@ def evaluate(model, files, manifest, config, device):
     model.eval()
     windows, T = Windows(files, model.config.seq_len, seed=0), model.config.seq_len
     count = min(windows.total, -(-config.eval_tokens // T))
-    size, total = max(1, min(config.batch_size // config.grad_accum, count)), 0.0
-    for i in tqdm(range(0, count, size), desc="evaluating", leave=False, disable=None):
-        numbers = range(i, min(i + size, count))
-        x, y = windows.batch(numbers, model.config.vocab_size, device)
+    size, total = max(1, min(config.piece, count)), 0.0
+    for i in progress(range(0, count, size * WORLD), desc="evaluating", leave=False):
+        numbers = range(i, min(i + size * WORLD, count))[RANK::WORLD]
+        x, y = windows.batch(numbers or [0], model.config.vocab_size, device)     # all processes run it equally often
         with autocast(device, config.precision):
             total += float(model(x, y)[0]) * len(numbers)
     model.train()
-    loss = total / count
+    loss = reduce(total) / count
     tokens, text = (sum(f[key] for f in manifest["files"].values() if f["split"] == "val") for key in ("tokens", "bytes"))
     return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
 
@@ -590,6 +662,7 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.latest, self.best = self.out_dir / "ckpt.pt", self.out_dir / "best.pt"
         self.model = LM(model_config).to(device)
+        self.parallel = self.model                                                # what train_step calls; see spread
         self.optimizer = make_optimizer(self.model, config)
         self.step, self.best_loss, self.spikes, self.skips, self.skips_in_a_row = 0, math.inf, Spikes(), 0, 0
 
@@ -598,20 +671,32 @@ class Run:
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
         self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
-        set_rng_state(checkpoint["rng"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: each step seeds its own
+
+    def spread(self):
+        """Over the processes: the model whole in each, its gradients averaged while backward still runs."""
+        if len({*gather(self.step)}) > 1:                                         # and none goes on before all have read
+            raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on a "
+                            "file system that all machines share")
+        if WORLD > 1:
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def save(self, path):
+        if RANK:
+            return
         with replacing(path) as temporary:
             torch.save(plain({
                 "model": self.model.state_dict(), "model_config": dataclasses.asdict(self.model_config),
                 "optimizer": self.optimizer.state_dict(), "step": self.step, "best_loss": self.best_loss,
                 "recent_losses": list(self.spikes.recent), "skips": [self.skips, self.skips_in_a_row],
-                "config": dataclasses.asdict(self.config), "rng": rng_state(), "data": self.data}), temporary)
+                "config": dataclasses.asdict(self.config), "rng": {"cpu": torch.get_rng_state()}, "data": self.data}), temporary)
         if path == self.latest:
             keep(self.latest, self.step, self.config.keep_last)
 
     def open_folder(self, fresh):
         """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
+        if RANK:
+            return
         try:
             old = [self.latest, self.best, *self.out_dir.glob("ckpt-*.pt")] if fresh else []
             for stale in [*self.out_dir.glob("*.tmp"), *old]:
@@ -624,48 +709,51 @@ class Run:
 
     def train(self, windows, val_files, manifest):
         """To max_steps, or to the first signal. Each step: make it, log it, save it, evaluate."""
-        config, signals, stop = self.config, stop_at_signals(), False
+        config, signals, stop = self.config, stop_at_signals(), 0
         tokens_per_step = config.batch_size * self.model_config.seq_len
         clock = Clock(self.step, tokens_per_step)
         size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
-        with tqdm(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
-                  unit_scale=True, disable=None, ncols=size.columns, nrows=size.lines) as bar:
+        with progress(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
+                      unit_scale=True, ncols=size.columns, nrows=size.lines) as bar:
             if self.config.init_from and self.step == 0:                          # what the run starts from is a result too
                 self.save(self.latest)
-                self.evaluate(val_files, manifest, tokens_per_step)
+                self.evaluate(val_files, manifest)
             while True:
                 # First in the loop, since a resumed run may have been killed between the save and the evaluation.
                 if self.step and not stop and self.is_due(config.eval_interval):
-                    self.evaluate(val_files, manifest, tokens_per_step)
+                    self.evaluate(val_files, manifest)
                     clock = Clock(self.step, tokens_per_step)
                 if self.step >= config.max_steps or stop:
                     break
-                loss, grad_norm, lr = self.one_step(windows, tokens_per_step)
+                loss, grad_norm, lr = self.one_step(windows)
                 bar.update(tokens_per_step)
                 if self.is_due(config.log_interval):
                     speed = clock.tokens_per_s(self.step)
-                    self.log.write(step=self.step, tokens=self.step * tokens_per_step, loss=loss, lr=lr,
-                                   grad_norm=grad_norm, tokens_per_s=round(speed), time=round(time.time(), 3))
+                    self.write(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed), time=round(time.time(), 3))
                     self.report(bar, loss, lr, speed, tokens_per_step)
-                stop = bool(signals)                                              # once a step: no stop without its save
+                stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: no stop without its save
                 if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
                     self.save(self.latest)
         if stop:
             say(f"stopped at step {self.step}; the same command continues")
-            raise SystemExit(128 + signals[0])
+            raise SystemExit(128 + stop)
+
+    def write(self, **record):
+        """One record of this step, by one process."""
+        if RANK == 0:
+            self.log.write(step=self.step, tokens=self.step * self.config.batch_size * self.model_config.seq_len, **record)
 
     def is_due(self, interval):
         return self.step % interval == 0 or self.step >= self.config.max_steps
 
-    def one_step(self, windows, tokens_per_step):
+    def one_step(self, windows):
         lr = lr_at(self.step, self.config)
-        loss, grad_norm, spike, skip = train_step(self.model, self.optimizer, windows, self.step, self.config, self.device,
-                                                  self.spikes)
+        loss, grad_norm, spike, skip = train_step(self.parallel, self.optimizer, windows, self.step, self.config,
+                                                  self.device, self.spikes)
         self.step += 1
         self.skips, self.skips_in_a_row = self.skips + skip, self.skips_in_a_row + 1 if skip else 0
         if spike or skip:
-            self.log.write(step=self.step, tokens=self.step * tokens_per_step, loss=loss, grad_norm=grad_norm,
-                           spike=spike, skipped=skip, skips=self.skips)
+            self.write(loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip, skips=self.skips)
             say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
         if self.skips_in_a_row >= self.config.max_skips:
             then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
@@ -673,13 +761,13 @@ class Run:
                             f"or a spike: try a lower --lr {then}")
         return loss, grad_norm, lr
 
-    def evaluate(self, val_files, manifest, tokens_per_step):
+    def evaluate(self, val_files, manifest):
         result = evaluate(self.model, val_files, manifest, self.config, self.device)
         say(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         if result["val_loss"] < self.best_loss:
             self.best_loss = result["val_loss"]
             self.save(self.best)
-        self.log.write(step=self.step, tokens=self.step * tokens_per_step, **result)
+        self.write(**result)
 
     def report(self, bar, loss, lr, speed, tokens_per_step):
         """The bar on a terminal; a line where the output goes to a file."""
@@ -721,6 +809,7 @@ def find_checkpoint(config, model_config, data):
 
 
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
+@processes()
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__, inherit=settings_to_start_from)
     if not model_config.causal:
@@ -738,7 +827,7 @@ def main():
     train_files, val_files = (open_split(folder, manifest, split) for split in ("train", "val"))
     device = pick_device(config.device)
     # Two processes in one folder would each rename over what the other saved. Evaluating only reads.
-    with nullcontext() if config.eval_only else locked(Path(config.out_dir), "train.py", "--out_dir"):
+    with nullcontext() if config.eval_only or RANK else locked(Path(config.out_dir), "train.py", "--out_dir"):
         train_or_evaluate(config, model_config, manifest, data, train_files, val_files, device)
 
 
@@ -749,16 +838,16 @@ def train_or_evaluate(config, model_config, manifest, data, train_files, val_fil
     elif checkpoint and is_finished(config, checkpoint["step"]):
         say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
             "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
-        return None if Path(config.out_dir, "loss.png").exists() else plot(Path(config.out_dir))
+        return None if RANK or Path(config.out_dir, "loss.png").exists() else plot(Path(config.out_dir))
     Windows(val_files, model_config.seq_len, 0)                                   # complain now, not at the first evaluation
-    config.precision = pick_precision(config.precision, device)
+    config.precision = gather(pick_precision(config.precision, device))[0]         # a probe may differ between machines
     if device.type == "cuda" and config.precision == "bf16":
         torch.set_float32_matmul_precision("high")                                # bf16 values are exact in TF32
     if config.eval_only:
         model = load_model(checkpoint, device)
         compile_blocks(model, config.compile, device)
-        print(json.dumps({"step": checkpoint["step"]} | evaluate(model, val_files, manifest, config, device)))
-        return
+        result = {"step": checkpoint["step"]} | evaluate(model, val_files, manifest, config, device)
+        return print(json.dumps(result)) if RANK == 0 else None
 
     windows = Windows(train_files, model_config.seq_len, config.seed)
     source = load_pretrained(config.init_from) if config.init_from and not checkpoint else None
@@ -771,14 +860,16 @@ def train_or_evaluate(config, model_config, manifest, data, train_files, val_fil
         if model_config != source.config:
             result = evaluate(source.to(device), val_files, manifest, config, device)
             say(f"{config.init_from} itself: val_loss {result['val_loss']:.4f}")
-    run.open_folder(fresh=not checkpoint)
     compile_blocks(run.model, config.compile, device)
+    run.spread()
+    run.open_folder(fresh=not checkpoint)
     tokens = config.batch_size * model_config.seq_len
     say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
         f"{tokens:,} tokens a step, {tokens * config.max_steps / windows.tokens:.2g} epochs"
-        + f", continuing at step {run.step}" * bool(run.step))
+        + f", {WORLD} processes" * (WORLD > 1) + f", continuing at step {run.step}" * bool(run.step))
     run.train(windows, val_files, manifest)
-    plot(run.out_dir)
+    if RANK == 0:
+        plot(run.out_dir)
     say(f"done: python sample.py --out_dir={run.out_dir}")
 
 
@@ -816,21 +907,13 @@ def stop_at_signals():
 
     def handler(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping at the end of this step\n")                      # print is not safe inside a handler
+        if WORLD == 1:                                                            # torchrun may pass on one Ctrl-C twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return received
-
-
-def rng_state():
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
 if __name__ == "__main__":

@@ -26,14 +26,15 @@ TEXTS = {"README.md": README} | {path.name: path.read_text() for path in [*ROOT.
 
 def commands():
     found = {line.strip().split("   ")[0] for text in TEXTS.values() for line in text.splitlines()
-             if line.startswith("    python ")}
+             if line.startswith(("    python ", "    torchrun "))}
     return sorted(command.split(" # ")[0] for command in found)
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_shown_has_known_keys_and_legal_values(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, program, *argv = shlex.split(command)
+    words = shlex.split(command)
+    program, *argv = words[next(i for i, word in enumerate(words) if word in CONFIGS):]
     if "--help" not in argv:
         configurator.configure(argv, *CONFIGS[program])
 

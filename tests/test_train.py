@@ -301,6 +301,101 @@ def test_killed_at_random_moments_the_run_comes_out_byte_for_byte_the_same(data,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.fixture
+def torchrun(data, tmp_path):
+    """torchrun(*flags) starts train.py in two processes in tmp_path: the Popen of torchrun."""
+    started = []
+
+    def torchrun(*flags, processes=2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", PROGRAM]
+        started.append(subprocess.Popen(
+            [*command, *MODEL, *RUN, "--batch_size=8", "--grad_accum=4", "--dropout=0.1", f"--data_dir={data}", *flags], cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+    yield torchrun
+    for process in started:
+        process.kill()
+
+
+def workers(parent):
+    """rank -> process id of the workers of torchrun."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PPid:\t{parent.pid}\n" in (path / "status").read_text():
+                found[int(re.search(rb"\0RANK=(\d+)\0", (path / "environ").read_bytes())[1])] = int(path.name)
+        except (OSError, TypeError):                                              # gone again, or torchrun's own helper
+            continue
+    return found
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one_up_to_rounding(run, torchrun, tmp_path):
+    flags = "--eval_tokens=300", "--dropout=0", "--out_dir=out"                   # 19 windows: no even number of pieces
+    run("--batch_size=8", *flags, at="one")
+    (tmp_path / "out").mkdir()
+    process = torchrun(*flags)
+    err = process.communicate()[1]
+    assert process.returncode == 0 and err.count("step 12/12: ") == 1 and ", 2 processes" in err, err
+    one, two = records(tmp_path / "one"), records(tmp_path)
+    assert len(one) == len(two) == 14
+    for mine, theirs in zip(one, two):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    mine, theirs = (train.load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
+    assert mine["model"].keys() == theirs["model"].keys()
+    assert all(torch.allclose(mine["model"][name], theirs["model"][name], atol=1e-5) for name in mine["model"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
+def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_same(torchrun, tmp_path):
+    assert torchrun("--out_dir=undisturbed/out", "--max_steps=300").wait() == 0
+    process = torchrun("--out_dir=run/out", "--max_steps=300")
+    for rank, number in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
+        wait_for(tmp_path / "run/out/ckpt.pt", process)
+        before = (tmp_path / "run/out/ckpt.pt").stat().st_mtime_ns
+        while (tmp_path / "run/out/ckpt.pt").stat().st_mtime_ns == before:
+            assert process.poll() is None, process.stderr.read()
+        os.kill(workers(process)[rank], number)
+        err = process.communicate(timeout=60)[1]
+        words = "train.py: another process of this run has died" if number == signal.SIGKILL else "stopped at step"
+        assert process.returncode == 1 and err.count(words) == 1 and "Error: [" not in err, err
+        step = train.load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
+        assert step < 300 and not (tmp_path / "run/out/loss.png").exists()
+        process = torchrun("--out_dir=run/out", "--max_steps=300")
+    err = process.communicate()[1]
+    assert process.returncode == 0 and f"continuing at step {step}" in err, err
+    mine, theirs = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
+    for folder in (mine, theirs):
+        folder.pop("loss.png")                                                    # it names the folder
+    assert not [name for name in mine if name.endswith(".tmp")]
+    assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
+    mine, theirs = (train.load_checkpoint(tmp_path / name / "out/ckpt.pt")["model"] for name in ("run", "undisturbed"))
+    assert same(mine, theirs)
+
+
+@pytest.mark.slow
+def test_what_the_user_can_mend_is_one_line_of_all_processes_and_none_hangs(torchrun, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags, message in ((["--batch_size=6"], "batch_size=6 must be a multiple of 2 processes times 2 pieces each"),
+                           (["--out_dir=file/out"], "cannot write to file/out"),     # found by rank 0 alone
+                           (["--resume"], "no checkpoint out/base/ckpt.pt")):
+        process = torchrun(*flags)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and err.count("train.py: ") == 1 and f"train.py: {message}" in err, err
+        assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What is refused, and what may change
 
 
