@@ -291,7 +291,7 @@ def read_json_lines(path, tally):
     number = 0
     with open_bytes(path) as raw:
         try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw, 1):
+            for number, line in enumerate(gunzip(raw) if path.endswith(".gz") else raw, 1):
                 try:
                     text = parse_record(line) if line.strip() else None  # a blank line is no record
                 except ValueError as error:
@@ -299,8 +299,21 @@ def read_json_lines(path, tally):
                     continue
                 if text is not None:
                     yield text, True, raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            tally.bad(path, number + 1, f"the gzip stream is truncated or damaged and the rest lost ({error})")
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            tally.bad(path, number + 1, "the gzip stream is truncated or damaged and the rest lost")
+
+
+def gunzip(raw):
+    """The lines of a gzip stream. isal unpacks three times as fast as Python; Python finds more lines in a damaged one,
+    and always the same ones, so it takes over from there, as where isal is not installed."""
+    number = 0
+    try:
+        from isal import igzip
+        for number, line in enumerate(igzip.IGzipFile(fileobj=raw), 1):
+            yield line
+    except Exception:
+        raw.seek(0)
+        yield from itertools.islice(gzip.GzipFile(fileobj=raw), number, None)
 
 
 def open_bytes(path):
