@@ -4,9 +4,12 @@
     python sample.py --out_dir=out/tiny --prompt="class "      continue a prompt
     python sample.py --init_from=someone/model                 a model of the Hugging Face hub, or from anywhere else
     python sample.py --prompt_file=story.txt                   or a file's text; - reads standard input
+    python sample.py --prompt_file=story.txt --save_state=story.state      where it stopped, without the text:
+    python sample.py --load_state=story.state                              goes on, as one run would have
     python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95 --max_new_tokens=1000
 """
 import codecs
+import hashlib
 import os
 import sys
 import time
@@ -21,7 +24,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from prepare import load_tokenizer
-from train import autocast, load_pretrained, out_of_memory, pick_device, pick_precision
+from train import autocast, load_file, load_pretrained, out_of_memory, pick_device, pick_precision, replacing
 
 
 @dataclass
@@ -36,6 +39,8 @@ class SampleConfig:
     top_k: int = 0                   # choose among the k likeliest tokens; 0 means all
     top_p: float = 1.0               # choose among the fewest tokens that hold this much probability
     seed: int = 1337                 # the same seed gives the same text
+    save_state: str = ""             # write where the text stopped to this file
+    load_state: str = ""             # go on from there, with num_samples texts; a prompt is read after it
     stop: bool = True                # end a text at its end-of-text token
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
@@ -52,6 +57,8 @@ class SampleConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.prompt and self.prompt_file:
             raise ValueError("give either prompt or prompt_file, not both")
+        if self.save_state and self.num_samples > 1:
+            raise ValueError("save_state keeps one text: take num_samples=1, and num_samples=N with load_state")
 
 
 def read_prompt(config):
@@ -82,6 +89,45 @@ def open_model(config, device):
     return model, tokenizer, precision
 
 
+def identity(model):
+    """A hash of settings and weights: a state means something to the model that made it, and to no other."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for p in model.parameters():
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def each(state, change):
+    """The nested state with its tensors changed."""
+    if torch.is_tensor(state):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: each(value, change) for key, value in state.items()}
+    return state and [each(value, change) for value in state]
+
+
+def write_state(path, model, state, unread, generator, seed, half):
+    """To path: the state, the token it has not read, the random numbers to come, and the bytes of half a character."""
+    with replacing(Path(path)) as temporary:
+        torch.save({"model": identity(model), "state": each(state, lambda x: x.cpu().clone()), "unread": unread, "seed": seed,
+                    "rng": generator.get_state(), "device": generator.device.type, "half": list(half)}, temporary)
+
+
+def read_state(path, model, texts, device):
+    """What write_state wrote, for this number of texts."""
+    try:
+        carried = load_file(path, device)
+        same = carried["model"] == identity(model)
+    except FileNotFoundError:
+        raise UserError(f"no state {path}: --save_state={path} writes it") from None
+    except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
+        raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
+    if not same:
+        raise UserError(f"{path} is the state of another model: name its --out_dir, and its --precision")
+    carried["state"] = each(carried["state"], lambda x: x.expand(texts, *x.shape[1:]) if x.dim() else x)
+    return carried
+
+
 def state_bytes(state):
     """Bytes of all tensors in a nested state."""
     if torch.is_tensor(state):
@@ -95,25 +141,32 @@ def main():
     sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
     model, tokenizer, precision = open_model(config, device)
-    prompt = [int(token) for token in tokenizer.encode(read_prompt(config))] or [tokenizer.eot]
+    given = [int(token) for token in tokenizer.encode(read_prompt(config))]
+    carried = {"state": None, "unread": [], "half": []}
+    if config.load_state:
+        carried = read_state(config.load_state, model, config.num_samples, device)
+    state, prompt = carried["state"], carried["unread"] + given or [tokenizer.eot]
     if max(prompt) >= model.config.vocab_size:
         raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {model.config.vocab_size}")
-    longest = len(prompt) + config.max_new_tokens
+    longest = (int(state["tokens"]) if state else 0) + len(prompt) + config.max_new_tokens
     if model.config.pos == "learned" and longest > model.config.seq_len:
         raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens, and prompt and text would "
-                        f"have {longest}: take --max_new_tokens={max(0, model.config.seq_len - len(prompt))} or less")
+                        f"have {longest}: take --max_new_tokens={max(0, model.config.seq_len - longest + config.max_new_tokens)} or less")
 
     start = time.perf_counter()
     idx = torch.tensor([prompt] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    texts, running, state = [[] for _ in range(config.num_samples)], set(range(config.num_samples)), None
+    if carried.get("seed") == config.seed and carried["device"] == device.type:   # another seed: another text
+        generator.set_state(carried["rng"].cpu())
+    texts, running = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
     streaming, utf8 = config.num_samples == 1, codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.setstate((bytes(carried["half"]), 0))
     bar = tqdm(total=config.max_new_tokens, unit="tok", disable=None if not streaming else True)
     if streaming:
-        print(tokenizer.decode_bytes(prompt if config.prompt or config.prompt_file else []).decode(errors="replace"), end="")
+        print(utf8.decode(tokenizer.decode_bytes(given)), end="")
     with autocast(device, precision):
         for tokens, state in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                            generator):
+                                            generator, state):
             for i, token in enumerate(tokens.tolist()):
                 if i in running and config.stop and token == tokenizer.eot:
                     running.discard(i)
@@ -126,10 +179,12 @@ def main():
                 break
     bar.close()
     seconds, made = time.perf_counter() - start, sum(map(len, texts))
-    if streaming:
-        print(utf8.decode(b"", final=True))
+    if config.save_state:
+        write_state(config.save_state, model, state, tokens.tolist(), generator, config.seed, utf8.getstate()[0])
+    if streaming:                                                                 # a state keeps half a character for later
+        print(utf8.decode(b"", final=True) if not config.save_state else "")
     for i, text in enumerate(texts if not streaming else []):
-        print(f"--- {i + 1} of {config.num_samples}\n{tokenizer.decode_bytes(prompt + text).decode(errors='replace')}")
+        print(f"--- {i + 1} of {config.num_samples}\n{tokenizer.decode_bytes(given + text).decode(errors='replace')}")
     print(f"\n{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s after a prompt of {len(prompt)}; "
           f"the state is {state_bytes(state) / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
 

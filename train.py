@@ -489,13 +489,18 @@ def plain(value):
     return sys.intern(value) if isinstance(value, str) else value
 
 
+def load_file(path, device="cpu"):
+    """What torch.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    with zipfile.ZipFile(path) as archive:                                        # torch.load does not look at checksums
+        if bad := archive.testzip():
+            raise UserError(f"checksum of {bad} does not match")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load_checkpoint(path, device="cpu"):
-    """The dict that Run.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    """The dict that Run.save wrote."""
     try:
-        with zipfile.ZipFile(path) as archive:                                    # torch.load does not look at checksums
-            if bad := archive.testzip():
-                raise UserError(f"checksum of {bad} does not match")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = load_file(path, device)
         missing, known = CHECKPOINT - set(checkpoint), {field.name for field in dataclasses.fields(ModelConfig)}
         unknown = set() if missing else set(checkpoint["model_config"]) - known
     except FileNotFoundError:

@@ -155,6 +155,44 @@ def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monke
         assert f"{source} is neither a folder with" in refusal(f"--init_from={source}")
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"mixers": "softmax conv"}, {"mixers": "linear", "decay": "gated", "normaliser": "rms", "short_conv": True, "pos": "none"}])
+def test_a_text_in_two_runs_is_the_text_of_one(write, tmp_path, options):
+    """Also where the cut is inside a character: the model writes random bytes, few of which are whole characters."""
+    write_checkpoint(tmp_path / "out", **options)
+    whole = write("--prompt=abc", "--max_new_tokens=60", "--stop=false").out
+    for cut in (1, 30, 41):
+        first = write("--prompt=abc", f"--max_new_tokens={cut}", "--stop=false", "--save_state=a.state")
+        second = write(f"--max_new_tokens={60 - cut}", "--stop=false", "--load_state=a.state")
+        assert (first.code, second.code) == (0, 0) and first.out[:-1] + second.out == whole
+    assert write("--load_state=a.state", "--stop=false", "--seed=2").out != write("--load_state=a.state", "--stop=false").out
+
+
+def test_a_carried_state_reads_a_further_prompt_and_serves_several_texts(write):
+    greedy = ("--temperature=0", "--stop=false")
+    write("--prompt=abc", "--max_new_tokens=5", "--save_state=a.state", *greedy)
+    one = write("--load_state=a.state", "--prompt=xyz", *greedy).out
+    assert one.startswith("xyz")
+    assert write("--load_state=a.state", "--prompt=xyz", "--num_samples=2", *greedy).out.split("--- ")[2] == f"2 of 2\n{one}"
+
+
+def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tmp_path):
+    write("--save_state=a.state")
+    whole = Path("a.state").read_bytes()
+    i = whole.index(b"unread")
+    assert "no state none" in refusal("--load_state=none")
+    write_checkpoint(tmp_path / "other", window=3)
+    assert "a.state is the state of another model" in refusal("--load_state=a.state", "--out_dir=other")
+    for damaged in (whole[:-9], whole[:i] + b"U" + whole[i + 1:], b""):
+        Path("a.state").write_bytes(damaged)
+        assert "a.state is damaged or not a state" in refusal("--load_state=a.state")
+    assert "cannot write none/a.state" in write("--save_state=none/a.state").err
+    write_checkpoint(tmp_path / "out", pos="learned")
+    write("--max_new_tokens=9", "--stop=false", "--save_state=a.state")            # 1 + 8 read, 1 to read
+    assert "would have 17: take --max_new_tokens=6" in refusal("--load_state=a.state", "--max_new_tokens=7")
+    assert write("--load_state=a.state", "--max_new_tokens=6").code == 0
+
+
 def test_model_py_works_without_huggingface_hub():
     program = ("import sys; sys.modules['huggingface_hub'] = None; import model, torch\n"
                "lm = model.LM(model.ModelConfig(dim=16, depth=1, n_heads=2)); lm(torch.zeros(1, 3, dtype=int))\n"
@@ -167,6 +205,7 @@ def test_model_py_works_without_huggingface_hub():
     (["--top_p=0"], "top_p must be above 0"), (["--temperature=-1"], "at least 0"),
     (["--temperature=1e-40"], "temperature must be 0 or"), ([f"--seed={2**64}"], "below 2**63"),
     (["--num_samples=0"], "at least 1"), (["--prompt=a", "--prompt_file=b"], "either prompt or prompt_file"),
+    (["--num_samples=2", "--save_state=a"], "save_state keeps one text"),
     (["--prompt_file=none"], "cannot read none: No such file"), (["--prompt_file=out"], "cannot read out: Is a dir"),
     (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"), (["--out_dir=none"], "no checkpoint none/ckpt.pt: train"),
     (["--device=tpu"], "--device=cpu"), (["--out_dir=other"], "tokenizer here is not the one"),
