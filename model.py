@@ -30,6 +30,7 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -433,7 +434,7 @@ class Linear(nn.Module):
             return linear_attention_bidirectional
         if q.shape[2] == 1:
             return linear_attention_recurrent
-        if kernels.available(q, v):
+        if kernels.available(q, v, self.map if self.map.kernel else None):
             return kernels.linear_attention_triton
         return functools.partial(linear_attention_chunked, chunk_size=self.config.chunk_size)
 
@@ -700,17 +701,51 @@ class LM(nn.Module, Shared):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
         """Yields one token for each text of idx (B,T), max_new_tokens times, in memory that does not grow with either.
 
-        The prompt is read in pieces through the chunked form, then every token through the recurrent one.
-        temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that hold p.
-        Yields: (tokens (B,), the state before them).
+        The prompt is read in pieces through the chunked form, then every token through the recurrent one, on a GPU as a
+        CUDA graph. temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that
+        hold p. Yields: (tokens (B,), the state before them, which the next token may overwrite).
         """
-        unread = idx
+        def read(idx, state):
+            x, state = self.hidden(idx, state)
+            return self.logits(x[:, -1]), state
+
+        def shapes(state):
+            return [x.shape for x in tree_leaves(state) if torch.is_tensor(x)]
+        step, unread = read, idx
         for _ in range(max_new_tokens):
+            before = shapes(state)
             for part in unread.split(piece, dim=1):
-                x, state = self.hidden(part, state)
-            token = choose(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
+                logits, state = step(part, state)
+            token = choose(logits, temperature, top_k, top_p, generator)
             yield token, state
+            if step is read and idx.is_cuda and self.config.pos != "learned" and shapes(state) == before:
+                step = cuda_graph(read, token[:, None], state)
             unread = token[:, None]
+
+
+def cuda_graph(step, idx, state):
+    """step(idx, state) -> (logits, state) as one recorded CUDA graph: a step is many kernels shorter than their launches.
+
+    The state stays in one place and is updated there, so its shapes must not change from step to step.
+    """
+    idx, state = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (idx, state))
+    autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), autocast:                                       # once before, for what is set up lazily
+        step(idx, state)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph), autocast:
+        logits, after = step(idx, state)
+        for old, new in zip(tree_leaves(state), tree_leaves(after)):
+            if torch.is_tensor(old):
+                old.copy_(new)
+
+    def replay(new_idx, _):
+        idx.copy_(new_idx)
+        graph.replay()
+        return logits, state
+    return replay
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -178,7 +178,8 @@ def test_torch_compile_takes_it_whole(normaliser, rule):
     for run in (step, torch.compile(step, fullgraph=True)):
         y, S = run(x)
         results.append([y, S, *torch.autograd.grad(y.sum() + S.square().sum(), list(x.values()))])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    for got, wanted in zip(*results):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_shapes_that_do_not_fit_are_rejected():
