@@ -14,6 +14,8 @@ data state; grad_accum and the processes of torchrun only split it. Only the pro
 import ctypes
 import dataclasses
 import hashlib
+import html
+import importlib
 import io
 import json
 import math
@@ -41,7 +43,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
-from prepare import bin_problems, commit, locked, open_split, read_manifest, remake
+from prepare import bin_problems, commit, load_tokenizer, locked, open_split, read_manifest, remake
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -75,6 +77,8 @@ class TrainConfig:
     max_skips: int = 20              # steps in a row with a non-finite loss or gradient before the run stops
     skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; they are logged anyway
     resume: bool | Literal["auto", "changed"] = "auto"  # auto continues a run of the same config; True: there must be one; False: start over; changed: continue with other settings
+    tensorboard: bool = False        # also log to out_dir/tensorboard, with samples and the loss curve
+    wandb_project: str = ""          # also log to this project of Weights & Biases; WANDB_MODE=offline needs no account
     eval_only: bool = False          # evaluate the checkpoint in out_dir and stop
 
     def __post_init__(self):
@@ -107,7 +111,7 @@ class TrainConfig:
 
 # Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
 FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last", "resume",
-        "eval_only"}
+        "eval_only", "tensorboard", "wandb_project"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -602,8 +606,8 @@ def refuse_changes(path, checkpoint, config, model_config, data):
 class Log:
     """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after that step."""
 
-    def __init__(self, path, step):
-        self.path = path
+    def __init__(self, path, step, trackers=()):
+        self.path, self.trackers = path, trackers
         # Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again.
         keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and "loss" in r]
         with replacing(path) as temporary:
@@ -630,6 +634,77 @@ class Log:
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoint of before is intact") from None
+        for tracker in self.trackers:
+            tracker.numbers(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
+
+
+class TensorBoard:
+    """Everything that metrics.jsonl gets, under the same names, for `tensorboard --logdir=out`; samples; the loss curve."""
+
+    package = "tensorboard"
+
+    def __init__(self, run, fresh):
+        from torch.utils.tensorboard import SummaryWriter
+        folder = run.out_dir / "tensorboard"
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(folder, purge_step=run.step + 1)              # drops what a resumed run logs again
+
+    def numbers(self, step, values):
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def text(self, step, text):
+        self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # markdown: as it stands
+
+    def close(self, step, curve):
+        if curve.exists():
+            from matplotlib import image
+            self.writer.add_image("loss_curve", image.imread(curve), step, dataformats="HWC")
+        self.writer.close()
+
+
+class WandB:
+    """The same for Weights & Biases. The id in out_dir/wandb_id lets a resumed run go on as the same one there."""
+
+    package = "wandb"
+
+    def __init__(self, run, fresh):
+        import wandb
+        self.wandb, path = wandb, run.out_dir / "wandb_id"
+        try:
+            self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir), resume="allow",
+                                  id=path.read_text() if path.exists() and not fresh else None,
+                                  config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
+        except Exception as error:  # no account, no network, a project that is not theirs: each its own type
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
+        with replacing(path) as temporary:
+            temporary.write_text(self.run.id)
+
+    def numbers(self, step, values):
+        self.run.log(values, step=step)
+
+    def text(self, step, text):
+        self.run.log({"sample": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def close(self, step, curve):
+        if curve.exists():
+            self.run.log({"loss_curve": self.wandb.Image(str(curve))}, step=step)
+        self.run.finish()
+
+
+def wanted_trackers(config):
+    """The classes above that the config asks for. UserError where their package is not installed."""
+    wanted = [TensorBoard] * config.tensorboard + [WandB] * bool(config.wandb_project)
+    for tracker in wanted:
+        try:
+            importlib.import_module(tracker.package)
+        except ImportError:
+            key = "tensorboard" if tracker is TensorBoard else "wandb_project"
+            raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
+    return wanted
 
 
 def plot(out_dir):
@@ -702,13 +777,16 @@ class Run:
         """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
         if RANK:
             return
+        if wanted := wanted_trackers(self.config):
+            self.tokenizer = load_tokenizer(self.data["tokenizer"])
+        trackers = [tracker(self, fresh) for tracker in wanted]
         try:
             old = [self.latest, self.best, *self.out_dir.glob("ckpt-*.pt")] if fresh else []
             for stale in [*self.out_dir.glob("*.tmp"), *old]:
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
-        self.log = Log(self.out_dir / "metrics.jsonl", self.step)
+        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers)
         if not fresh:
             keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
 
@@ -739,6 +817,11 @@ class Run:
                 stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: no stop without its save
                 if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
                     self.save(self.latest)
+        if RANK == 0:
+            if not stop:
+                plot(self.out_dir)
+            for tracker in self.log.trackers:
+                tracker.close(self.step, self.out_dir / "loss.png")
         if stop:
             say(f"stopped at step {self.step}; the same command continues")
             raise SystemExit(128 + stop)
@@ -773,6 +856,22 @@ class Run:
             self.best_loss = result["val_loss"]
             self.save(self.best)
         self.write(**result)
+        if RANK == 0 and self.log.trackers:
+            text = self.sample()
+            for tracker in self.log.trackers:
+                tracker.text(self.step, text)
+
+    def sample(self, count=100):
+        """A text of the model as it is now, always with the same dice."""
+        self.model.eval()
+        idx = torch.tensor([[self.tokenizer.eot]], device=self.device)
+        if self.model_config.pos == "learned":
+            count = min(count, self.model_config.seq_len - 1)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
+            tokens = [int(token) for token, _ in self.model.generate(idx, count, temperature=0.8, generator=generator)]
+        self.model.train()
+        return self.tokenizer.decode_bytes(tokens).decode(errors="replace")
 
     def report(self, bar, loss, lr, speed, tokens_per_step):
         """The bar on a terminal; a line where the output goes to a file."""
@@ -819,6 +918,7 @@ def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__, inherit=settings_to_start_from)
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
+    wanted_trackers(config)                                                       # complain now, not after the preparations
     folder = Path(config.data_dir) / config.dataset
     manifest = read_manifest(folder)
     check_bytes(folder, manifest)
@@ -873,8 +973,6 @@ def train_or_evaluate(config, model_config, manifest, data, train_files, val_fil
         f"{tokens:,} tokens a step, {tokens * config.max_steps / windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1) + f", continuing at step {run.step}" * bool(run.step))
     run.train(windows, val_files, manifest)
-    if RANK == 0:
-        plot(run.out_dir)
     say(f"done: python sample.py --out_dir={run.out_dir}")
 
 

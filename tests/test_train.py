@@ -764,6 +764,102 @@ def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def without_wall_clock(values):
+    return {key: value for key, value in values.items() if key not in ("tokens_per_s", "time")}
+
+
+def test_wandb_gets_every_record_samples_and_the_curve_and_a_resumed_run_goes_on_as_the_same(run, tmp_path, monkeypatch):
+    class Run:
+        def __init__(self, **options):
+            starts.append(options)
+            self.id, self.finish = options["id"] or f"id{len(starts)}", lambda: finished.append(self.id)
+
+        def log(self, values, step):
+            logged.append((step, values))
+    starts, logged, finished = [], [], []
+    module = SimpleNamespace(init=lambda **options: Run(**options), Html=lambda text: ("html", text), Image=lambda path: ("image", path))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(train, "plot", PLOT)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--wandb_project=mine", "--seed=3").code == 143
+    assert run("--wandb_project=mine", "--seed=3").code == 0
+    assert [start["id"] for start in starts] == [None, "id1"] and all(start["resume"] == "allow" for start in starts)
+    assert starts[0]["project"] == "mine" and starts[0]["config"]["seed"] == 3 and starts[0]["config"]["dim"] == 16
+    assert finished == ["id1", "id1"] and logged.pop() == (12, {"loss_curve": ("image", "out/loss.png")})
+    texts = [(step, values["sample"]) for step, values in logged if "sample" in values]
+    assert [step for step, _ in texts] == [6, 12] and all(kind == "html" and len(text) > 60 for _, (kind, text) in texts)
+    numbers = [{"step": step} | without_wall_clock(values) for step, values in logged if "sample" not in values]
+    assert numbers == records(tmp_path / "run") and len(numbers) == 14
+    steps = [step for step, _ in logged]
+    assert steps == sorted(steps)                                                  # W&B drops what comes late
+    run("--wandb_project=mine", "--seed=3", "--resume=false")
+    assert starts[-1]["id"] is None and Path("out/wandb_id").read_text() == "id3"
+
+
+def test_samples_change_nothing_of_the_run(run, tmp_path, monkeypatch):
+    class Tracker(SimpleNamespace):
+        package, numbers, text, close = "json", lambda *args: None, lambda *args: texts.append(args[2]), lambda *args: None
+
+        def __init__(self, *args):
+            pass
+    texts = []
+    run("--dropout=0.2", at="without")
+    monkeypatch.setattr(train, "TensorBoard", Tracker)
+    run("--dropout=0.2", "--tensorboard", at="with")
+    assert len(texts) == 2 and all(texts)
+    mine, theirs = (contents(tmp_path / at) for at in ("with", "without"))
+    assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
+    mine, theirs = (train.load_checkpoint(tmp_path / at / "out/ckpt.pt") for at in ("with", "without"))
+    assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
+
+
+@pytest.mark.parametrize("flag, package", [("--tensorboard", "tensorboard"), ("--wandb_project=mine", "wandb")])
+def test_a_tracker_that_is_not_installed_is_named_before_training(refusal, monkeypatch, flag, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}, or leave it out" in refusal(flag)
+
+
+def test_a_tracker_that_does_not_start_is_one_line(run, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured\nand more")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    result = run("--wandb_project=mine")
+    assert result.code == 2 and "W&B does not start (api_key not configured): run `wandb login`" in result.err.splitlines()[-1]
+
+
+def test_tensorboard_holds_the_records_of_metrics_jsonl(run, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setattr(train, "plot", PLOT)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run("--tensorboard")
+    run("--tensorboard")
+    events = EventAccumulator("out/tensorboard").Reload()
+    for key in ("loss", "grad_norm", "lr", "tokens", "val_loss", "bits_per_byte"):
+        theirs = [(event.step, event.value) for event in events.Scalars(key)]
+        mine = [(r["step"], r[key]) for r in records(tmp_path / "run") if key in r]
+        assert [value for _, value in sorted(set(theirs))] == pytest.approx([value for _, value in sorted(set(mine))], rel=1e-6)
+    assert len(events.Tensors("sample/text_summary")) == 2 and len(events.Images("loss_curve")) == 1
+
+
+def test_wandb_offline_takes_both_parts_of_a_resumed_run(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--wandb_project=mine").code == 143
+    assert run("--wandb_project=mine").code == 0
+    name = Path("out/wandb_id").read_text()
+    assert len(list(Path("out/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Optimiser, precision, compilation
 
 
