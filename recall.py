@@ -20,7 +20,8 @@ half-way is 0.1 behind a finished one of the same configuration and seed is give
 rate, as published.
 
 Differs from [1] and its code: our gated convolution has no bias, no skip of its own, and a SiLU; no dropout on attention
-weights; windows of 64 tokens where theirs see 65; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16).
+weights; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16); the last, smaller batch of a part is left out.
+Their window of 64 sees 65 tokens, itself included, and so does ours here.
 
   [1] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
 """
@@ -56,7 +57,7 @@ class RecallConfig:
     only: str = ""                   # configurations to run, separated by commas; all by default
     seeds: int = 0                   # runs of each configuration and learning rate; 0 is 2, with --full 1
     epochs: int = 0                  # passes over the training set; 0 is that of the setting
-    workers: int = 0                 # processes that share the machine; 0 is 4 on a GPU, on a CPU one a core, at most 4
+    workers: int = 0                 # processes that share the machine; 0 is 1 for every core, at most 6
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py, but auto is fp32 on a CPU
     compile: bool = True             # torch.compile and CUDA graphs; on a CPU neither is used
@@ -95,6 +96,7 @@ class Setting:
     seeds: int
     models: dict           # name -> fields of ModelConfig
     decode_batch: int      # sequences decoded at once
+    decode_after: int      # tokens that they have read before
 
     def config(self, name):
         fields = dict(vocab_size=self.vocab_size, depth=2, n_heads=1, pos="none", norm="layer", mlp_ratio=0, dropout=0.1,
@@ -119,17 +121,17 @@ def gated_deltanet(dim):
 
 
 FULL = Setting(                                                                   # [1, Figure 2]
-    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1, decode_batch=1024,
+    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1, decode_batch=1024, decode_after=1024,
     train=(Part(64, 4, 100_000), Part(128, 8, 20_000), Part(256, 16, 20_000), Part(256, 32, 20_000), Part(256, 64, 20_000)),
     test=tuple(Part(T, pairs, 1000) for T, pairs in
                ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))),
     models={"based d64 f16": based(64, 16), "gated_deltanet d64": gated_deltanet(64), "softmax d64": conv_and("softmax", 64),
             "deltanet d64": deltanet(64), "based d64 f8": based(64, 8), "elu d64": conv_and("linear", 64),
-            "window64 d128": conv_and("window", 128, window=64), "based d128 f16": based(128, 16),
+            "window64 d128": conv_and("window", 128, window=65), "based d128 f16": based(128, 16),
             "gated_deltanet d128": gated_deltanet(128), "deltanet d128": deltanet(128), "elu d128": conv_and("linear", 128),
             "based d48 f8": based(48, 8), "softmax d128": conv_and("softmax", 128)})
 SMALL = Setting(
-    vocab_size=256, batch_size=64, epochs=16, lrs=(1e-2,), seeds=2, decode_batch=64,
+    vocab_size=256, batch_size=64, epochs=6, lrs=(1e-2,), seeds=2, decode_batch=16, decode_after=4096,
     train=(Part(32, 4, 4096), Part(64, 8, 2048), Part(64, 16, 2048)),
     test=(Part(32, 4, 256), Part(64, 8, 256), Part(64, 16, 256), Part(128, 32, 256)),
     models={"softmax d32": conv_and("softmax", 32), "based d32 f8": based(32, 8), "gated_deltanet d32": gated_deltanet(32),
@@ -191,14 +193,17 @@ def make_data(parts, vocab_size, seed, device):
 # One configuration: a model that is trained from new weights for each learning rate and seed
 
 
-def answer_logits(model, tokens, where):
-    """Logits at the questions alone: where (B,pairs) -> (B,pairs,vocab). Only they count, and they are few."""
-    x, _ = model.hidden(tokens)
+def hidden(model, tokens):
+    return model.hidden(tokens)[0]
+
+
+def answer_logits(model, x, where):
+    """Logits at the questions alone: x (B,T,D), where (B,pairs) -> (B,pairs,vocab). Only they count: 1 token in 9."""
     return model.logits(x.gather(1, where[..., None].expand(-1, -1, x.shape[-1])))
 
 
-def answer_loss(model, tokens, where, answers):
-    return F.cross_entropy(answer_logits(model, tokens, where).flatten(0, 1).float(), answers.flatten())
+def answer_loss(model, x, where, answers):
+    return F.cross_entropy(answer_logits(model, x, where).flatten(0, 1).float(), answers.flatten())
 
 
 def new_model(config, seed):
@@ -210,11 +215,15 @@ def new_model(config, seed):
 
 
 class Trainer:
-    """Trains one configuration again and again. On a GPU each shape of batch is compiled once and captured once as a
+    """Trains one configuration again and again. On a GPU each shape of batch is compiled once, and captured once as a
     CUDA graph of forward, backward and AdamW: 700 steps an epoch of mostly tiny kernels cost what the kernels cost.
-    """
 
-    def __init__(self, config, setting, device, precision, use_graphs):
+    Graphs read and write the same memory at every replay, so parameters, optimiser state, lr and batch stay where they
+    are and are only overwritten. What lives within a step alone comes from one pool for all graphs of the process.
+    """
+    pool = None
+
+    def __init__(self, config, setting, device, precision, use_graphs=False, compiled=False):
         self.config, self.setting, self.device, self.precision = config, setting, device, precision
         self.model = new_model(config, 0).to(device).train()
         self.lr = torch.zeros((), device=device)
@@ -222,10 +231,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr if cuda else 0.0, weight_decay=0.1,
                                            fused=True, **({"capturable": True} if cuda else {}))
         self.total = torch.zeros((), device=device)                               # loss since it was last read
-        self.graphs, self.use_graphs, self.loss = {}, use_graphs and cuda, answer_loss
-        if self.use_graphs:
+        self.graphs, self.use_graphs, self.hidden, self.loss = {}, use_graphs, hidden, answer_loss
+        if compiled:
             torch._dynamo.config.cache_size_limit = 256                           # shapes times configurations
-            self.loss = torch.compile(answer_loss, dynamic=False)
+            self.hidden, self.loss = (torch.compile(f, dynamic=False) for f in (hidden, answer_loss))
 
     @torch.no_grad()
     def reset(self, seed):
@@ -243,17 +252,18 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = lr
 
     def compute(self, batch):
+        tokens, where, answers = batch
         with autocast(self.device, self.precision):
-            loss = self.loss(self.model, *batch)
+            loss = self.loss(self.model, self.hidden(self.model, tokens), where, answers)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.use_graphs)
         self.total += loss.detach()
 
     def step(self, batch):
-        shape = tuple(batch[0].shape), batch[1].shape[1]
         if not self.use_graphs:
             return self.compute(batch)
+        shape = batch[0].shape[1], batch[1].shape[1]
         if shape not in self.graphs:
             self.graphs[shape] = self.capture(batch)
         graph, static = self.graphs[shape]
@@ -274,8 +284,9 @@ class Trainer:
                 self.compute(static)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        Trainer.pool = Trainer.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=Trainer.pool):
             self.compute(static)
         with torch.no_grad():
             for p, before in zip(self.model.parameters(), kept[0]):
@@ -285,15 +296,6 @@ class Trainer:
             self.total.copy_(kept[1])
             self.lr.copy_(kept[2])
         return graph, static
-
-    def prepare(self, data):
-        """Compiles and captures every shape, before the clock that matters runs."""
-        if self.use_graphs:
-            for part in data:
-                for batch in self.batches(part):
-                    shape = tuple(batch[0].shape), batch[1].shape[1]
-                    if shape not in self.graphs:
-                        self.graphs[shape] = self.capture(batch)
 
     def batches(self, part):
         """Whole batches, in the order in which they were made. The last one is cut off where it is smaller."""
@@ -310,7 +312,8 @@ class Trainer:
             hits = []
             for batch in zip(*(x.split(max(1, 2 ** 18 // tokens.shape[1])) for x in (tokens, where, answers))):
                 with autocast(self.device, self.precision):
-                    hits.append((answer_logits(self.model, *batch[:2]).argmax(-1) == batch[2]).float().sum())
+                    logits = answer_logits(self.model, hidden(self.model, batch[0]), batch[1])
+                hits.append((logits.argmax(-1) == batch[2]).float().sum())
             right.append(sum(hits) / answers.numel())
         self.model.train()
         return [round(x, 5) for x in torch.stack(right).tolist()]
@@ -374,14 +377,14 @@ def state_bytes(config):
 
 
 @torch.no_grad()
-def decoding_speed(config, batch, device, precision, repeats=5, steps=8):
-    """Tokens per second of `batch` sequences decoded at once, after as many tokens as the longest test has.
+def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
+    """Tokens per second of `batch` sequences decoded at once, when each has read `after` tokens.
 
     Every step starts from the same state, which is what a step costs at that length; a softmax cache is copied to grow.
     On a GPU the step is one CUDA graph: launches would hide the difference. Median of `repeats`, after a warm-up.
     """
     model = LM(config).to(device).eval()
-    tokens = torch.randint(config.vocab_size, (batch, config.seq_len), device=device)
+    tokens = torch.randint(config.vocab_size, (batch, after), device=device)
     with autocast(device, precision):
         states = [model.hidden(piece)[1] for piece in tokens.split(64)]
 
@@ -395,19 +398,24 @@ def decoding_speed(config, batch, device, precision, repeats=5, steps=8):
     def step():
         with autocast(device, precision):
             model(tokens[:, -1:], state=state)
+    step()
     if device.type != "cuda":
-        step()
         return median_rate(step, batch, steps, repeats, lambda: None)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    return median_rate(graph.replay, batch, steps, repeats, torch.cuda.synchronize)
+    replay = step
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    except RuntimeError as error:
+        say(f"decoding is measured with its launches, which hide differences: {str(error).splitlines()[0]}")
+    replay()
+    return median_rate(replay, batch, steps, repeats, torch.cuda.synchronize)
 
 
 def median_rate(step, batch, steps, repeats, finish):
@@ -498,18 +506,23 @@ def work(names, setting, folder, device, precision, use_graphs, threads, deadlin
         raise
 
 
-def usable(name, setting, device, precision, use_graphs, data):
-    """A Trainer that works here: compiled and captured if that can be done, otherwise plain, which says so."""
-    if use_graphs and device.type == "cuda":
+def usable(name, setting, device, precision, fast, data):
+    """The fastest Trainer that works here, tried on every shape of batch: CUDA graphs, compiled or not, or plain."""
+    for kind in (dict(use_graphs=True, compiled=True), dict(use_graphs=True), {}) if fast and device.type == "cuda" else ({},):
+        start = time.perf_counter()
         try:
-            trainer = Trainer(setting.config(name), setting, device, precision, True)
-            start = time.perf_counter()
-            trainer.prepare(data)
-            say(f"{name}: compiled and captured in {time.perf_counter() - start:.0f} s")
+            trainer = Trainer(setting.config(name), setting, device, precision, **kind)
+            for part in data if kind else ():
+                trainer.step(next(trainer.batches(part)))
+            if kind:
+                torch.cuda.synchronize()
+                say(f"{name}: captured{' and compiled' if trainer.hidden is not hidden else ''} in "
+                    f"{time.perf_counter() - start:.0f} s")
             return trainer
-        except Exception as error:  # no compiler, a kernel that cannot be captured: slower, but the same
-            say(f"{name}: without CUDA graphs, since {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
-    return Trainer(setting.config(name), setting, device, precision, False)
+        except Exception as error:  # no compiler, a kernel that cannot be captured, ...: slower, but the same
+            if not kind:
+                raise
+            say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
 
 
 def machine(device):
@@ -518,8 +531,8 @@ def machine(device):
 
 def run_all(names, setting, folder, device, precision, args, deadline):
     """Starts the workers and shows how far they are."""
-    workers = args.workers or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    workers = min(workers, len(names))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(args.workers or min(6, cores), len(names))
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
     threads = max(1, torch.get_num_threads() // workers)
@@ -591,7 +604,7 @@ def print_table(rows, setting):
     sys.stdout.flush()
 
 
-def plot(rows, path, title, with_published):
+def plot(rows, path, title, after, with_published):
     """Accuracy against bytes of state, and against decoding speed; published points as crosses."""
     try:
         import matplotlib
@@ -608,7 +621,7 @@ def plot(rows, path, title, with_published):
         theirs = [PUBLISHED[row["name"]] for row in mine if with_published and row["name"] in PUBLISHED]
         panels[0].plot(*zip(*theirs) if theirs else ((), ()), "x", color=f"C{i}", label=f"{family}, published" if theirs else None)
     panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
-    panels[1].set(xscale="log", xlabel="decoding, tokens per second")
+    panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
     for panel in panels:
         panel.grid(alpha=0.3, which="both")
     panels[0].legend(fontsize=7)
@@ -621,10 +634,11 @@ def measure_costs(names, setting, folder, device, precision):
     """Bytes and decoding speed of each configuration, measured one after the other before training starts."""
     path = folder / "costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
-    for name in tqdm([name for name in names if name not in costs], desc="decoding", disable=None, leave=False):
+    todo = [name for name in names if costs.get(name, {}).get("machine") != machine(device)]
+    for name in tqdm(todo, desc="decoding", disable=None, leave=False):
         config = setting.config(name)
-        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": setting.decode_batch,
-                       "tokens_per_s": decoding_speed(config, setting.decode_batch, device, precision)}
+        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": setting.decode_batch, "after": setting.decode_after,
+                       "tokens_per_s": decoding_speed(config, setting.decode_batch, setting.decode_after, device, precision)}
         write_json(path, costs)
     return costs
 
@@ -652,7 +666,7 @@ def main():
     missing = sum(not needless(runs, name, lr, seed) for name in names for lr in setting.lrs for seed in range(setting.seeds))
     say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of training, "
         f"this call {time.time() - start:.0f} s" + (f"; {missing} runs are missing, the same command goes on" if missing else ""))
-    plot(rows, folder / "recall.png", f"MQAR, {kind}", kind == "full")
+    plot(rows, folder / "recall.png", f"MQAR, {kind} setting", setting.decode_after, kind == "full")
 
 
 if __name__ == "__main__":

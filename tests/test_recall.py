@@ -76,7 +76,7 @@ def test_the_loss_at_answers_equals_the_masked_loss_over_all_positions_with_its_
     labels = torch.full_like(tokens, -100).scatter(1, where, answers)
     logits, _ = model(tokens)
     full = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    ours = recall.answer_loss(model, tokens, where, answers)
+    ours = recall.answer_loss(model, recall.hidden(model, tokens), where, answers)
     torch.testing.assert_close(ours, full)
     for mine, theirs in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (ours, full))):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
