@@ -61,16 +61,13 @@ class SampleConfig:
             raise ValueError("save_state keeps one text: take num_samples=1, and num_samples=N with load_state")
 
 
-def read_prompt(config):
-    if not config.prompt_file:
-        return config.prompt
+def read_text(path):
     try:
-        data = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
-        return data.decode()
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
     except OSError as error:
-        raise UserError(f"cannot read {config.prompt_file}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{config.prompt_file} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text") from None
 
 
 def open_model(config, device):
@@ -141,7 +138,7 @@ def main():
     sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
     model, tokenizer, precision = open_model(config, device)
-    given = [int(token) for token in tokenizer.encode(read_prompt(config))]
+    given = [int(token) for token in tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt)]
     carried = {"state": None, "unread": [], "half": []}
     if config.load_state:
         carried = read_state(config.load_state, model, config.num_samples, device)

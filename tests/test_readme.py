@@ -8,6 +8,7 @@ import yaml  # comes with datasets
 
 import bench
 import configurator
+import eval
 import model
 import prepare
 import recall
@@ -17,7 +18,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"prepare.py": (prepare.PrepareConfig,), "recall.py": (recall.RecallConfig,),
+CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,), "recall.py": (recall.RecallConfig,),
            "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
            "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig)}

@@ -1,0 +1,154 @@
+"""eval.py: every token is predicted once, from all before it; the harness gets the log-likelihoods of our own forward."""
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval
+from configurator import command
+from model import LM, ModelConfig
+from test_sample import BYTES, one_thread, write_checkpoint  # noqa: F401 (a fixture)
+
+TEXT = "Größe: a text of 63 bytes, to be read in one pass or in windows"
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    options = {"vocab_size": 257, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window", "window": 4} | options
+    model = LM(ModelConfig(**options)).double().eval()
+    torch.nn.init.normal_(model.embed.weight, std=0.5)
+    return model
+
+
+@torch.no_grad()
+def log_p(model, tokens):
+    """log p of tokens[1:], each from one forward of all before it: the slow definition."""
+    return [float(model(torch.tensor([tokens[:i]]))[0][0, -1].log_softmax(-1)[tokens[i]]) for i in range(1, len(tokens))]
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch, capsys):
+    """measure(*flags) is `python eval.py` on an untrained model, within this process: code, out, err."""
+    def measure(*flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--out_dir=out", "--device=cpu", *flags])
+        capsys.readouterr()
+        code = 0
+        try:
+            command(eval.main)
+        except SystemExit as error:
+            code = error.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "out")
+    Path("text.txt").write_text(TEXT)
+    return measure
+
+
+@pytest.mark.parametrize("mixers", ["linear window", "linear conv", "softmax"])
+def test_one_pass_in_pieces_of_any_size_predicts_each_token_from_all_before_it(mixers):
+    model, tokens = tiny(mixers=mixers), [256, *TEXT.encode()]
+    for piece in (1, 7, 4096):
+        assert eval.nats(model, tokens, piece=piece) == pytest.approx(-sum(log_p(model, tokens)), abs=1e-9)
+
+
+@pytest.mark.parametrize("context", [1, 2, 9, 16, 62, 63, 64, 99])
+def test_windows_predict_every_token_once_with_half_a_window_before_it(context):
+    model, tokens = tiny(pos="learned", seq_len=99), [256, *TEXT.encode()[:63]]
+    wanted, done = 0.0, 0
+    while done < 63:
+        start = max(0, done - context // 2)
+        stop = min(63, start + context)
+        wanted += sum(log_p(model, tokens[start:stop + 1])[done - start:])
+        done = stop
+    assert eval.nats(model, tokens, context) == pytest.approx(-wanted, abs=1e-9)
+
+
+def test_continuations_read_in_batches_have_the_log_likelihood_of_a_forward_each():
+    model, words = tiny(), TEXT.split()
+    pairs = [(list(" ".join(words[:i]).encode()), list(word.encode())) for i, word in enumerate(words) if i]
+    greedy = int(model(torch.tensor([pairs[3][0]]))[0][0, -1].argmax())
+    pairs[3] = pairs[3][0], [greedy]
+    for (given, answer), (sum_log_p, is_greedy) in zip(pairs, eval.continuations(model, pairs, batch_size=4), strict=True):
+        assert sum_log_p == pytest.approx(sum(log_p(model, given + answer)[len(given) - 1:]), abs=1e-5)
+        assert is_greedy == (answer == [greedy])
+    learned = tiny(pos="learned")                                                 # keeps the 16 tokens that fit
+    (found, _), = eval.continuations(learned, [(list(TEXT.encode()), [65, 66])], 1)
+    assert found == pytest.approx(sum(log_p(learned, [*TEXT.encode()[-15:], 65, 66])[-2:]), abs=1e-5)
+
+
+def test_the_program_tells_bits_per_byte_of_a_file_and_says_what_each_token_was_read_from(measure, tmp_path):
+    result = json.loads(measure("--file=text.txt").out)
+    size = len(TEXT.encode())
+    assert (result["tokens"], result["bytes"], result["context"]) == (size, size, "all")
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
+    assert result["ppl"] == pytest.approx(math.exp(result["loss"])) != pytest.approx(257, rel=1e-3)
+    assert json.loads(measure("--file=text.txt", "--context=8").out)["context"] == 8
+    for options in ({"pos": "learned"}, {"mixers": "linear softmax"}):
+        write_checkpoint(tmp_path / "out", **options)
+        assert json.loads(measure("--file=text.txt").out)["context"] == 16
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "give --file=TEXT or --tasks"), (["--file=a", "--tasks=b"], "give --file=TEXT or --tasks"),
+    (["--file=none"], "cannot read none"), (["--file=empty"], "empty is empty"), (["--file=a", "--limit=-1"], "at least 0"),
+    (["--file=text.txt", "--out_dir=learned", "--context=17"], "end at 16 tokens"), (["--tasks=piqa"], "pip install lm_eval")])
+def test_bad_input_is_one_line_with_exit_code_2(measure, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)                   # as where it is missing
+    Path("empty").write_text("")
+    write_checkpoint(tmp_path / "learned", pos="learned")
+    result = measure(*flags)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and message in result.err
+
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/{name}.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{target}"
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_gets_the_log_likelihoods_of_our_own_forward(measure, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
+    docs = [{"question": f"{a} and {b} are", "choices": [f" {a + b}", f" {a - b}!", f" {a * b}"], "label": (a * b) % 3}
+            for a in range(4) for b in range(3)]
+    tasks = {"choose": ("multiple_choice", "{{label}}", 'doc_to_choice: "{{choices}}"\n'),
+             "predict": ("loglikelihood", "{{choices[0]}}", "metric_list: [{metric: perplexity}, {metric: acc}]\n"),
+             "read": ("loglikelihood_rolling", "{{question}}", "metric_list: [{metric: bits_per_byte}]\n"),
+             "write": ("generate_until", "{{choices[0]}}", "generation_kwargs: {until: [' '], max_gen_toks: 5}\n"
+                       "metric_list: [{metric: bypass}]\n")}
+    for name, (kind, target, more) in tasks.items():
+        Path(f"{name}.yaml").write_text(TASK.format(name=name, folder=tmp_path, kind=kind, target=target) + more)
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    result = measure("--tasks=choose,predict,read,write", f"--task_dir={tmp_path}")
+    assert result.code == 0, result
+    found = json.loads(result.out)
+
+    def score(doc, i):
+        given, answer = doc["question"].encode(), doc["choices"][i].encode()
+        return sum(log_p(model, [*given, *answer])[len(given) - 1:])
+    right = [max(range(3), key=lambda i: score(doc, i)) == doc["label"] for doc in docs]
+    assert 0 < sum(right) < len(docs) and found["choose"]["acc"] == pytest.approx(sum(right) / len(docs))
+    mean = sum(score(doc, 0) for doc in docs) / len(docs)
+    assert found["predict"]["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
+    texts = [doc["question"].encode() for doc in docs]
+    bits = -sum(sum(log_p(model, [256, *text])) for text in texts) / sum(map(len, texts)) / math.log(2)
+    assert found["read"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+
+    harness = eval.harness_model(model, BYTES, 0, 4)                              # greedy, up to the first stop, without it
+    whole = harness.write("abc", {"until": [], "max_gen_toks": 12})
+    tokens = [int(t) for t, _ in model.generate(torch.tensor([list(b"abc")]), 12, temperature=0)]
+    assert whole == bytes(tokens).decode(errors="replace")
+    stop = bytes(tokens[2:4]).decode("latin-1")
+    assert stop.isascii() and harness.write("abc", {"until": [stop, "never"], "max_gen_toks": 12}) == whole[:whole.index(stop)]
+    assert harness.write("abc", {"max_gen_toks": 3}) == bytes(tokens[:3]).decode(errors="replace")
