@@ -361,7 +361,7 @@ def _sizes(q, v, chunk_size):
     precision = "tf32x3" if BK > 128 else precision
     most = 64 if precision == "bf16" or BK == 64 else 32
     C = max(16, min(_power(chunk_size), most))
-    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=4 if BK == 64 else 8), -(-q.shape[2] // C), 32, most
+    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=4 if BK <= 128 else 8), -(-q.shape[2] // C), 32, most
 
 
 def _view(x):
@@ -434,7 +434,7 @@ def _backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chun
             **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
         gradients[N, B * H](
             q, k, v, qz, kz, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dqz, dkz, dg,
-            db, H, T, N, BV=columns, **sizes, **flags, num_stages=1)
+            db, H, T, N, BV=columns, **sizes | flags | dict(num_warps=4 if sizes["BK"] == 64 else 8), num_stages=1)
     return grads
 
 
@@ -527,5 +527,5 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
     qz, kz = divide_by if divide_by and not own else (None, None)
-    y, state, *_ = run(q, k, v, g, b, qz, kz, state, bool(divide_by), chunk_size)
+    y, state, *_ = run(q, k, v, g, b, qz, kz, state, divide_by is not None, chunk_size)  # bool() breaks torch 2.11's graph
     return y, state[:, :, :K]

@@ -30,6 +30,7 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -483,7 +484,8 @@ class Softmax(nn.Module):
         if T == tokens:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
         mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # cuDNN plans each new length for 60 ms
 
 
 class Window(Softmax):
