@@ -10,6 +10,7 @@ run; a key that no class has, or a value that is not of the field's type, is an 
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import operator
@@ -269,6 +270,10 @@ def command(main):
     except BrokenPipeError:  # the reader has left: what is still buffered goes nowhere, and 141 is the shell's SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        message, code = f"a name is too long: {show(error.filename)}", 2
     if message:
         print(f"{program}: {message}", file=sys.stderr)
     if code:

@@ -634,19 +634,19 @@ def check_disk(config, options, sources):
     need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
     place = next(path for path in (config.folder, *config.folder.absolute().parents) if path.is_dir())
     if need > (free := shutil.disk_usage(place).free):
-        raise UserError(f"{config.folder} needs about {need / 1e9:,.2f} GB, but only {free / 1e9:,.2f} GB are free: "
+        raise UserError(f"{config.folder} needs about {need / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free: "
                         "make room, use another --data_dir, or fewer --shards")
 
 
 @contextlib.contextmanager
 def locked(folder, program="prepare.py", flag="--data_dir"):
     """Makes the folder and lets one run at a time into it; the lock ends with the process, however that ends."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): use another {flag}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise UserError(f"cannot write to {folder} ({getattr(error, 'strerror', error)}): use another {flag}") from None
     try:
         with contextlib.suppress(ImportError, OSError):  # Windows and some network disks have no such locks
             import fcntl

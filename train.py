@@ -721,7 +721,8 @@ def plot(out_dir):
     for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
         points = [(r["tokens"], r[key]) for r in records if key in r]
         axes.plot(*zip(*points), label=key, **style) if points else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=str(out_dir))
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(str(out_dir).encode(errors="replace").decode(), parse_math=False)  # names may hold $ and broken characters
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(out_dir / "loss.png") as temporary:

@@ -302,6 +302,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     (["--dataset=x", "--data_files=noise.jsonl.gz"], "gzip"),
     (["--dataset=x", "--data_files=a.txt", "--data_dir=a.txt"], "--data_dir"),
     (["--dataset=x", "--data_files=a.txt", "--val_fraction=1"], "val_fraction"),
+    (["--dataset=" + 300 * "x", "--data_files=a.txt", "--data_dir=."], "too long"),
     (["--dataset=x", "--verify"], "python prepare.py --dataset=x"),
     *((["--shards=" + shards], "--shards") for shards in ("0", "-1", "2:1", "0:1025", "1:2:3", "x", "", "²"))])
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, words):

@@ -452,7 +452,8 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
-    (["--out_dir=/proc/x"], "cannot write"), (["nofile.py"], "no such config file"),
+    (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name is too long"),
+    (["--out_dir=a\0b"], "embedded null byte"), (["nofile.py"], "no such config file"),
     (["--eval_only"], "no checkpoint"), (["--vocab_size=300"], "vocab_size=300 is not that of the dataset, 257")])
 def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(refusal, flags, message):
     assert message in refusal(*flags)
@@ -755,8 +756,12 @@ def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, pro
 
 
 def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    tmp_path /= "\udc80 $b{$"
+    tmp_path.mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": null}\n{"step": 2, "tokens": 16, "lo')
-    PLOT(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "say", lambda line: None)                             # capsys cannot hold this name
+        PLOT(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     PLOT(tmp_path / "nowhere")
