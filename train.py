@@ -69,6 +69,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
     device: str = "auto"             # cpu, cuda, cuda:1, mps; auto takes the best there is
     compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
+    shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2), to save memory
     log_interval: int = 10           # steps between log lines
     eval_interval: int = 500         # steps between evaluations
     eval_tokens: int = 2**17         # tokens of validation text in an evaluation, always the same ones
@@ -98,6 +99,9 @@ class TrainConfig:
             pieces = f"grad_accum={self.grad_accum}" if WORLD == 1 else f"{WORLD} processes times {self.passes} pieces each"
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of {pieces}")
 
+        if self.shard and (WORLD == 1 or self.optimizer == "muon"):
+            raise ValueError("shard splits a model over several processes of torchrun, with --optimizer=adamw: leave it out")
+
     @property
     def passes(self):
         """Pieces of a batch that each process goes through, one after the other."""
@@ -111,7 +115,7 @@ class TrainConfig:
 
 # Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
 FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last", "resume",
-        "eval_only", "tensorboard", "wandb_project"}
+        "eval_only", "shard", "tensorboard", "wandb_project"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,7 +436,8 @@ def train_step(model, optimizer, windows, step, config, device, spikes):
             part = model(x, y)[0] / config.passes                                 # the mean over the whole batch
         part.backward()                                                           # DDP: the last averages over the ranks
         loss += part.detach()
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    grad_norm = float(grad_norm.full_tensor() if config.shard else grad_norm)
     loss = float(reduce(loss, device=device)) / WORLD
     spike = spikes(loss)
     skip = not math.isfinite(loss) or not math.isfinite(grad_norm) or spike and config.skip_spikes
@@ -499,6 +504,16 @@ def load_file(path, device="cpu"):
         if bad := archive.testzip():
             raise UserError(f"checksum of {bad} does not match")
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def whole(value):
+    """value with its tensors put together from the shards of all processes, in the first of them."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()                                               # all processes take part
+        return value.cpu() if RANK == 0 else None
+    return value
 
 
 def load_checkpoint(path, device="cpu"):
@@ -742,7 +757,7 @@ class Run:
         self.config, self.model_config, self.data, self.device = config, model_config, data, device
         self.out_dir = Path(config.out_dir)
         self.latest, self.best = self.out_dir / "ckpt.pt", self.out_dir / "best.pt"
-        self.model = LM(model_config).to(device)
+        self.model = LM(model_config).to("cpu" if config.shard else device)       # a GPU may never hold it whole
         self.parallel = self.model                                                # what train_step calls; see spread
         self.optimizer = make_optimizer(self.model, config)
         self.step, self.best_loss, self.spikes, self.skips, self.skips_in_a_row = 0, math.inf, Spikes(), 0, 0
@@ -755,20 +770,33 @@ class Run:
         torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: each step seeds its own
 
     def spread(self):
-        """Over the processes: the model whole in each, its gradients averaged while backward still runs."""
+        """Over the processes: the model whole in each, its gradients averaged while backward still runs; or in shards."""
         if len({*gather(self.step)}) > 1:                                         # and none goes on before all have read
             raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on a "
                             "file system that all machines share")
-        if WORLD > 1:
+        if self.config.shard:
+            from torch.distributed.fsdp import fully_shard                        # here: they take 0.8 s to import
+            from torch.distributed.tensor import distribute_tensor
+            mesh, saved = dist.init_device_mesh(self.device.type, (WORLD,)), self.optimizer.state_dict()
+            for module in (*self.model.blocks, self.model):                       # a block is whole only while it is used
+                fully_shard(module, mesh=mesh)
+            self.optimizer = make_optimizer(self.model, self.config)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for i, state in saved["state"].items():
+                for key, value in state.items():
+                    if value.shape == parameters[i].shape:
+                        state[key] = distribute_tensor(value.to(self.device), mesh, parameters[i].placements)
+            load_optimizer(self.optimizer, saved)
+        elif WORLD > 1:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def save(self, path):
+        model, optimizer = whole(self.model.state_dict()), whole(self.optimizer.state_dict())
         if RANK:
             return
         with replacing(path) as temporary:
             torch.save(plain({
-                "model": self.model.state_dict(), "model_config": dataclasses.asdict(self.model_config),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "best_loss": self.best_loss,
+                "model": model, "model_config": dataclasses.asdict(self.model_config), "optimizer": optimizer, "step": self.step, "best_loss": self.best_loss,
                 "recent_losses": list(self.spikes.recent), "skips": [self.skips, self.skips_in_a_row],
                 "config": dataclasses.asdict(self.config), "rng": {"cpu": torch.get_rng_state()}, "data": self.data}), temporary)
         if path == self.latest:
@@ -857,7 +885,7 @@ class Run:
             self.best_loss = result["val_loss"]
             self.save(self.best)
         self.write(**result)
-        if RANK == 0 and self.log.trackers:
+        if RANK == 0 and self.log.trackers and not self.config.shard:               # shards take all processes to sample
             text = self.sample()
             for tracker in self.log.trackers:
                 tracker.text(self.step, text)

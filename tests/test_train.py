@@ -356,6 +356,32 @@ def test_two_processes_train_the_run_of_one_up_to_rounding(run, torchrun, tmp_pa
 
 
 @pytest.mark.slow
+def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun, tmp_path, monkeypatch):
+    flags = "--batch_size=8", "--depth=2", "--grad_clip=0.5", "--dropout=0", "--out_dir=out"
+    run(*flags, at="one")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(*flags, at=".").code == 143
+    process = torchrun(*flags, "--shard")
+    err = process.communicate()[1]
+    assert process.returncode == 0 and "2 processes, continuing at step 5" in err, err
+    one, two = records(tmp_path / "one"), records(tmp_path)
+    assert len(one) == len(two) == 14 and any(r.get("grad_norm", 0) > 0.6 for r in one[6:])  # clipped
+    for mine, theirs in zip(one, two):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    mine, theirs = (train.load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
+    for mine, theirs in ((mine["model"], theirs["model"]), *zip(*(c["optimizer"]["state"].values() for c in (mine, theirs)))):
+        assert mine.keys() == theirs.keys()
+        assert all(type(theirs[name]) is torch.Tensor for name in mine)
+        assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+
+
+@pytest.mark.parametrize("flags", [["--shard"], ["--shard", "--optimizer=muon"]])
+def test_shards_of_one_process_are_refused(refusal, flags):
+    assert "shard splits a model over several processes of torchrun" in refusal(*flags)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_same(torchrun, tmp_path):
     assert torchrun("--out_dir=undisturbed/out", "--max_steps=300").wait() == 0
