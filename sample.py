@@ -20,6 +20,7 @@ from typing import Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from configurator import UserError, command, configure
@@ -94,19 +95,10 @@ def identity(model):
     return digest.hexdigest()
 
 
-def each(state, change):
-    """The nested state with its tensors changed."""
-    if torch.is_tensor(state):
-        return change(state)
-    if isinstance(state, dict):
-        return {key: each(value, change) for key, value in state.items()}
-    return state and [each(value, change) for value in state]
-
-
 def write_state(path, model, state, unread, generator, seed, half):
     """To path: the state, the token it has not read, the random numbers to come, and the bytes of half a character."""
     with replacing(Path(path)) as temporary:
-        torch.save({"model": identity(model), "state": each(state, lambda x: x.cpu().clone()), "unread": unread, "seed": seed,
+        torch.save({"model": identity(model), "state": tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state), "unread": unread, "seed": seed,
                     "rng": generator.get_state(), "device": generator.device.type, "half": list(half)}, temporary)
 
 
@@ -121,15 +113,14 @@ def read_state(path, model, texts, device):
         raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
     if not same:
         raise UserError(f"{path} is the state of another model: name its --out_dir, and its --precision")
-    carried["state"] = each(carried["state"], lambda x: x.expand(texts, *x.shape[1:]) if x.dim() else x)
+    carried["state"] = tree_map(lambda x: x.expand(texts, *x.shape[1:]) if torch.is_tensor(x) and x.dim() else x,
+                                carried["state"])
     return carried
 
 
 def state_bytes(state):
     """Bytes of all tensors in a nested state."""
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    return sum(map(state_bytes, state.values() if isinstance(state, dict) else state or ()))
+    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))
 
 
 @out_of_memory("take a smaller --num_samples")

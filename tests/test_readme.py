@@ -1,6 +1,9 @@
 """What README.md says of commands, files and presets is so."""
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,21 @@ def test_the_python_examples_of_the_readme_run(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(example, {})
+
+
+@pytest.mark.slow
+def test_the_three_commands_of_fine_tuning_run(tmp_path):
+    section = README.split("\n## Fine-tuning\n")[1].split("\n## ")[0]
+    commands = [line.split() for line in section.splitlines() if line.startswith("    python ")][:3]
+    (tmp_path / "mine.txt").write_text("A text of mine, of some length. " * 200)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    test_sample.write_checkpoint(tmp_path / "out/tiny")
+    short = {"prepare.py": [], "train.py": ["--max_steps=2", "--device=cpu"], "sample.py": ["--max_new_tokens=9", "--device=cpu"]}
+    for _, program, *flags in commands:
+        shell = shlex.split(shlex.join([sys.executable, str(ROOT / program)]) + " " + " ".join(flags)) + short[program]
+        result = subprocess.run(shell, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert result.returncode == 0, result
+    assert result.stdout.startswith("def ")
 
 
 def test_citation_cff_is_whole_and_names_the_papers_of_the_readme():
