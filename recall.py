@@ -226,10 +226,9 @@ class Trainer:
     def __init__(self, config, setting, device, precision, use_graphs=False, compiled=False):
         self.config, self.setting, self.device, self.precision = config, setting, device, precision
         self.model = new_model(config, 0).to(device).train()
-        self.lr = torch.zeros((), device=device)
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr if cuda else 0.0, weight_decay=0.1,
-                                           fused=True, **({"capturable": True} if cuda else {}))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.1, fused=True, capturable=cuda,
+                                           lr=torch.zeros((), device=device) if cuda else 0.0)
         self.total = torch.zeros((), device=device)                               # loss since it was last read
         self.graphs, self.use_graphs, self.hidden, self.loss = {}, use_graphs, hidden, answer_loss
         if compiled:
@@ -247,9 +246,11 @@ class Trainer:
         self.total.zero_()
 
     def set_lr(self, lr):
-        self.lr.fill_(lr)
-        if self.device.type != "cuda":
-            self.optimizer.param_groups[0]["lr"] = lr
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)                                                 # graphs know it by address, too
+        else:
+            group["lr"] = lr
 
     def compute(self, batch):
         tokens, where, answers = batch
@@ -274,9 +275,10 @@ class Trainer:
     def capture(self, batch):
         """The graph of one step at this shape of batch. Warming up trains, so what it changed is put back."""
         static = [x.clone() for x in batch]
-        kept = [p.detach().clone() for p in self.model.parameters()], self.total.clone(), self.lr.clone()
+        lr = self.optimizer.param_groups[0]["lr"]
+        kept = [p.detach().clone() for p in self.model.parameters()], self.total.clone(), lr.clone()
+        lr.zero_()
         old = {p: {key: value.clone() for key, value in state.items()} for p, state in self.optimizer.state.items()}
-        self.lr.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -294,7 +296,7 @@ class Trainer:
                 for key, value in self.optimizer.state[p].items():
                     value.copy_(old[p][key]) if p in old else value.zero_()
             self.total.copy_(kept[1])
-            self.lr.copy_(kept[2])
+            lr.copy_(kept[2])
         return graph, static
 
     def batches(self, part):
