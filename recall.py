@@ -1,6 +1,6 @@
 """The recall-throughput tradeoff, measured: multi-query associative recall (MQAR) against state size and decoding speed.
 
-    python recall.py                        a small version that shows the ordering: two CPU cores, about five minutes
+    python recall.py                        a small version that shows the ordering: minutes on two CPU cores
     python recall.py --full                 the published setting [1, Figure 2], for a GPU
     python recall.py --full --minutes=10    as far as ten minutes go; the same command later goes on from there
     python recall.py --smoke                one short run of each kind in the published sizes: does the GPU path work?
