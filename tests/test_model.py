@@ -4,9 +4,12 @@ the published ones (written out here as slow loops, with equation numbers), and 
 References as in model.py: [1] Transformers are RNNs, [2] Based, [3] RetNet, [6] Gated DeltaNet, [7] RoFormer.
 """
 import cmath
+import dataclasses
 import itertools
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+from configurator import read_config_file
 from model import FEATURE_MAPS, LM, LinearCrossEntropy, ModelConfig, choose, rope_table, rotate
 
 
@@ -222,21 +226,26 @@ def test_feature_maps_are_their_formulas_and_as_positive_and_as_long_as_they_say
 # The whole model
 
 TINY = dict(vocab_size=70, dim=16, n_heads=2, seq_len=32, chunk_size=4, window=5, mlp_ratio=1.0)
-PRESETS = {
-    "base": dict(),
-    "softmax": dict(mixers="softmax"),
-    "based": dict(mixers="conv linear window", feature_map="taylor", feature_dim=4),
-    "retnet": dict(feature_map="identity", decay="fixed", normaliser="rms", output_gate=True, expand_v=2),
-    "deltanet": dict(feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, pos="none"),
-    "gated_deltanet": dict(feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, pos="none",
-                           decay="gated", output_gate=True, mlp="swiglu"),
-}
+CONFIG = Path(__file__).resolve().parent.parent / "config"
+
+
+def preset(path):
+    """The settings of the model in a config file, at the width of TINY."""
+    settings = {key: value for _, key, value, _ in read_config_file(str(path))}
+    if "feature_dim" in settings:
+        width = settings.get("dim", ModelConfig.dim) // settings.get("n_heads", ModelConfig.n_heads)
+        settings["feature_dim"] = settings["feature_dim"] * TINY["dim"] // TINY["n_heads"] // width
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {*TINY, "depth"}
+    return {key: value for key, value in settings.items() if key in names}
+
+
+PRESETS = {path.stem: preset(path) for path in sorted(CONFIG.glob("*.py"))}
 LINEAR_OPTIONS = dict(
     mixers=["linear", "linear window", "conv linear softmax", ["window", "linear"]],
     feature_map=list(FEATURE_MAPS), pos=["none", "learned", "sinusoidal", "rope"], decay=["none", "fixed", "gated"],
     delta=[False, True], normaliser=["sum", "rms"], short_conv=[False, True], output_gate=[False, True],
     expand_v=[1.0, 2.0], feature_dim=[0, 4], mlp=["gelu", "swiglu", "relu2"], mlp_ratio=[0.0, 1.0],
-    norm=["rms", "layer"], tied=[True, False])
+    norm=["rms", "layer"], tied=[True, False], chunk_size=[1, 4, 64], window=[1, 5, 64])
 
 
 def tiny(**options):
@@ -385,27 +394,42 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_linearly_with_the_text(mixers):
     lm, largest = tiny(mixers=mixers, depth=1, chunk_size=64, window=32), {}
     for T in (1024, 2048):
+        _, state = lm(torch.randint(70, (1, 40)))
         with Largest() as seen:
             lm(torch.randint(70, (1, T)))[0].sum().backward()
+            lm(torch.randint(70, (1, T)), state=state)                           # and as the rest of a text
         largest[T] = seen.elements
     assert largest[2048] <= 2 * largest[1024] and largest[2048] < 2048 * 2048 / 8
 
 
-SCALED = {**PRESETS, "gated": dict(decay="gated", normaliser="rms"), "relu": dict(feature_map="relu", pos="none")}
+@pytest.mark.parametrize("scale", [1e-4, 1e2])
+@pytest.mark.parametrize("options", COVERING, ids=str)
+def test_bf16_forward_and_backward_stay_finite_at_4096_tokens_with_extreme_inputs(options, scale):
+    lm, idx = LM(ModelConfig(**{**TINY, "chunk_size": 64, **options, "seq_len": 4096, "depth": 3})), torch.randint(70, (1, 4096))
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(scale if p.dim() == 2 else 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = lm(idx, idx)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in lm.parameters())
 
 
-@pytest.mark.parametrize("preset", SCALED)
-def test_bf16_forward_and_backward_stay_finite_at_4096_tokens_with_extreme_inputs(preset):
-    for scale in (1e-4, 1e2):
-        lm = LM(ModelConfig(**{**TINY, **SCALED[preset], "seq_len": 4096, "depth": 3}))
-        with torch.no_grad():
-            for p in lm.parameters():
-                p.mul_(scale if p.dim() == 2 else 1)
-        idx = torch.randint(70, (1, 4096))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = lm(idx, idx)
-        loss.backward()
-        assert loss.isfinite() and all(p.grad.isfinite().all() for p in lm.parameters())
+@pytest.mark.parametrize("decay", ["fixed", "gated"])
+@torch.no_grad()
+def test_decays_and_states_of_a_bf16_model_are_fp32(decay):
+    """A decay of 1 - 2^-12 is 1 in bf16."""
+    lm = LM(ModelConfig(**{**TINY, "dim": 64, "n_heads": 8, "decay": decay, "normaliser": "rms"})).bfloat16()
+    mixer, x = lm.blocks[0].mixer, torch.randn(2, 9, 64).bfloat16()
+    g = mixer.log_decay(x)
+    if decay == "fixed":                                                         # [3, Eq. 8]
+        wanted = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(8)])[:, None]
+    else:                                                                        # [8]
+        wanted = -mixer.log_A.float().exp() * F.softplus(mixer.decay(x).float() + mixer.decay_bias)
+        wanted = wanted.transpose(1, 2)
+    assert g.dtype == torch.float32 and torch.allclose(g, wanted.expand_as(g), rtol=1e-6, atol=0)
+    state = lm(torch.randint(70, (2, 9)))[1]
+    assert all(S.dtype == torch.float32 for _, S in state["layers"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,7 +449,9 @@ def turned(x):
 
 
 def based(m, x, turn=lambda x: x):
-    """[2]: y_t = sum_j f(q_t, k_j) v_j / sum_j f(q_t, k_j), f(q, k) = 1 + s + s^2 / 2, s = q.k / sqrt(16)."""
+    """[1, Eq. 3, 8]: y_t = sum_j sim(q_t, k_j) v_j / sum_j sim(q_t, k_j) over j <= t, and what [2] takes for sim: the
+    second-order Taylor expansion of the softmax's exp, 1 + s + s^2 / 2 at s = q.k / sqrt(16).
+    """
     Wq, Wk, Wv = m.qkv.weight.split([2 * 16, 2 * 16, 16])
     ys = []
     for q, k, v in zip(by_heads(x, Wq, 16), by_heads(x, Wk, 16), by_heads(x, Wv, 8)):
@@ -481,15 +507,15 @@ def gated_deltanet(m, x):
     z = x @ m.qkv.weight.T
     z = [sum(m.conv.weight[i] * z[t - i] for i in range(min(4, t + 1))) for t in range(len(x))]
     z = torch.stack([a / (1 + (-a).exp()) for a in z])                           # SiLU
-    ys = []
+    ys, K, V = [], m.config.head_dim("k"), m.config.head_dim("v")
     for h in range(2):
-        q, k, v = (z[:, i * 16 + h * 8:][:, :8] for i in range(3))
-        S, rows = torch.zeros(8, 8), []
+        q, k, v = (part[:, h * part.shape[1] // 2:][:, :part.shape[1] // 2] for part in z.split([2 * K, 2 * K, 2 * V], dim=1))
+        S, rows = torch.zeros(V, K), []
         for t in range(len(x)):
             key, query = k[t] / k[t].norm(), q[t] / q[t].norm()
             alpha = (-m.log_A[h].exp() * (1 + (x[t] @ m.decay.weight[h] + m.decay_bias[h]).exp()).log()).exp()
             beta = 1 / (1 + (-x[t] @ m.beta.weight[h]).exp())
-            S = S @ (alpha * (torch.eye(8) - beta * torch.outer(key, key))) + beta * torch.outer(v[t], key)
+            S = S @ (alpha * (torch.eye(K) - beta * torch.outer(key, key))) + beta * torch.outer(v[t], key)
             o = S @ query
             rows.append(m.norm.weight * o / (o.square().mean() + 1e-6).sqrt())
         ys.append(torch.stack(rows))
