@@ -1,7 +1,10 @@
-"""The paper card's model: linear attention with elu+1, dim 512, depth 6; 44.6 M parameters on C4.
+"""The paper card's model: linear attention, dim 512, depth 6, elu+1 as in
+Transformers are RNNs (Katharopoulos et al. 2020, arXiv 2006.16236).
 
     python prepare.py
     python train.py config/base.py
+
+44.64 M parameters (18.88 M beside the embedding); a sequence's state is 0.80 MB in fp32.
 """
 out_dir = "out/base"
 dataset = "c4"

@@ -2,6 +2,8 @@
 
     python prepare.py
     python train.py config/deltanet.py
+
+44.71 M parameters (18.96 M beside the embedding); a sequence's state is 1.68 MB in fp32.
 """
 out_dir = "out/deltanet"
 

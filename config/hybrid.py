@@ -2,6 +2,8 @@
 
     python prepare.py
     python train.py config/hybrid.py
+
+44.64 M parameters (18.89 M beside the embedding); a sequence's state is 2.50 MB in fp32.
 """
 out_dir = "out/hybrid"
 

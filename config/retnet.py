@@ -4,6 +4,8 @@
     python train.py config/retnet.py
 
 Values are twice as wide as keys, and the feed-forward half as wide, as in its section 3.1. Differs: rope, not xPos.
+
+44.64 M parameters (18.88 M beside the embedding); a sequence's state is 3.15 MB in fp32.
 """
 out_dir = "out/retnet"
 

@@ -2,6 +2,8 @@
 
     python prepare.py
     python train.py config/softmax.py
+
+44.64 M parameters (18.88 M beside the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows with the text.
 """
 out_dir = "out/softmax"
 dataset = "c4"

@@ -229,17 +229,20 @@ TINY = dict(vocab_size=70, dim=16, n_heads=2, seq_len=32, chunk_size=4, window=5
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 
 
-def preset(path):
-    """The settings of the model in a config file, at the width of TINY."""
-    settings = {key: value for _, key, value, _ in read_config_file(str(path))}
+def model_settings(path):
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return {key: value for _, key, value, _ in read_config_file(str(path)) if key in names}
+
+
+def shrunk(settings):
+    """The settings of a model at the width of TINY."""
     if "feature_dim" in settings:
         width = settings.get("dim", ModelConfig.dim) // settings.get("n_heads", ModelConfig.n_heads)
         settings["feature_dim"] = settings["feature_dim"] * TINY["dim"] // TINY["n_heads"] // width
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {*TINY, "depth"}
-    return {key: value for key, value in settings.items() if key in names}
+    return {key: value for key, value in settings.items() if key not in {*TINY, "depth"}}
 
 
-PRESETS = {path.stem: preset(path) for path in sorted(CONFIG.glob("*.py"))}
+PRESETS = {path.stem: shrunk(model_settings(path)) for path in sorted(CONFIG.glob("*.py"))}
 LINEAR_OPTIONS = dict(
     mixers=["linear", "linear window", "conv linear softmax", ["window", "linear"]],
     feature_map=list(FEATURE_MAPS), pos=["none", "learned", "sinusoidal", "rope"], decay=["none", "fixed", "gated"],
@@ -405,7 +408,8 @@ def test_memory_grows_linearly_with_the_text(mixers):
 @pytest.mark.parametrize("scale", [1e-4, 1e2])
 @pytest.mark.parametrize("options", COVERING, ids=str)
 def test_bf16_forward_and_backward_stay_finite_at_4096_tokens_with_extreme_inputs(options, scale):
-    lm, idx = LM(ModelConfig(**{**TINY, "chunk_size": 64, **options, "seq_len": 4096, "depth": 3})), torch.randint(70, (1, 4096))
+    lm = LM(ModelConfig(**{**TINY, **options, "chunk_size": 64, "seq_len": 4096, "depth": 3}))
+    idx = torch.randint(70, (1, 4096))
     with torch.no_grad():
         for p in lm.parameters():
             p.mul_(scale if p.dim() == 2 else 1)
@@ -755,6 +759,19 @@ def test_the_base_model_has_the_parameters_of_the_paper_card():
     assert 44.6e6 < sum(p.numel() for p in lm.parameters()) < 44.7e6
     assert lm.unembed.weight is lm.embed.weight and lm.embed.weight.shape == (50304, 512)
     assert untied.unembed.weight is not untied.embed.weight
+
+
+@pytest.mark.parametrize("name", ["base", "softmax", "based", "retnet", "deltanet", "gated_deltanet", "hybrid"])
+@torch.no_grad()
+def test_a_preset_has_the_parameters_and_the_state_of_its_comment(name):
+    path = CONFIG / f"{name}.py"
+    lm = LM(ModelConfig(**model_settings(path)))
+    total, embedding = sum(p.numel() for p in lm.parameters()), lm.embed.weight.numel()
+    _, state = lm.hidden(torch.zeros(1, 1024, dtype=torch.long))
+    size = sum(x.numel() * x.element_size() for x in tree_leaves(state["layers"]) if x is not None)
+    said = re.search(r"([\d.]+) M parameters \(([\d.]+) M beside the embedding\).*? ([\d.]+) MB", path.read_text())
+    assert said.groups() == tuple(f"{n / 1e6:.2f}" for n in (total, total - embedding, size))
+    assert abs(total - embedding - 18.91e6) < 0.005 * 18.91e6                    # so any two are within 1 %
 
 
 def test_initial_weights_have_the_scale_of_gpt2():
