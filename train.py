@@ -558,6 +558,8 @@ def load_pretrained(source, device="cpu"):
     files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
     if files:
         return load_model(load_checkpoint(files[0]), device)
+    if not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):     # out/bsae: the hub need not be asked
+        raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
     try:
         with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
             return LM.from_pretrained(source, strict=True).to(device)

@@ -74,7 +74,7 @@ def scripted(monkeypatch):
     def scripted(*texts):
         def generate(self, idx, max_new_tokens, *args):
             for tokens in list(zip(*texts))[:max_new_tokens]:
-                yield torch.tensor(tokens), {"S": torch.zeros(1)}
+                yield torch.tensor(tokens), {"tokens": torch.tensor(3), "S": torch.zeros(1)}
         monkeypatch.setattr(LM, "generate", generate)
     return scripted
 
@@ -153,12 +153,13 @@ def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monke
     weights.write_bytes(weights.read_bytes()[:-100])
     for source in ("shared", "nobody/nothing", "."):
         assert f"{source} is neither a folder with" in refusal(f"--init_from={source}")
+    monkeypatch.setattr(LM, "from_pretrained", pytest.fail)                       # a misspelt folder is not asked for
+    assert "there is no shared/typo: train first" in refusal("--init_from=shared/typo")
 
 
 @pytest.mark.parametrize("options", [
     {}, {"mixers": "softmax conv"}, {"mixers": "linear", "decay": "gated", "normaliser": "rms", "short_conv": True, "pos": "none"}])
 def test_a_text_in_two_runs_is_the_text_of_one(write, tmp_path, options):
-    """Also where the cut is inside a character: the model writes random bytes, few of which are whole characters."""
     write_checkpoint(tmp_path / "out", **options)
     whole = write("--prompt=abc", "--max_new_tokens=60", "--stop=false").out
     for cut in (1, 30, 41):
@@ -166,6 +167,13 @@ def test_a_text_in_two_runs_is_the_text_of_one(write, tmp_path, options):
         second = write(f"--max_new_tokens={60 - cut}", "--stop=false", "--load_state=a.state")
         assert (first.code, second.code) == (0, 0) and first.out[:-1] + second.out == whole
     assert write("--load_state=a.state", "--stop=false", "--seed=2").out != write("--load_state=a.state", "--stop=false").out
+
+
+def test_a_character_cut_by_the_end_of_a_run_is_written_whole_by_the_next(write, scripted):
+    scripted("é".encode()[:1])
+    assert write("--save_state=a.state").out == "\n"
+    scripted("é".encode()[1:])
+    assert write("--load_state=a.state").out == "é\n"
 
 
 def test_a_carried_state_reads_a_further_prompt_and_serves_several_texts(write):

@@ -1067,7 +1067,7 @@ def test_a_softmax_model_becomes_a_linear_one_that_keeps_all_weights_and_says_wh
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--init_from=none", "--out_dir=new"], "none is neither a folder with a checkpoint or a shared model"),
+    (["--init_from=none", "--out_dir=new"], "there is no none: train first"),
     (["--init_from=out"], "init_from=out lies in out_dir"), (["--init_from=out/best.pt"], "take another --out_dir"),
     (["--init_from=out", "--out_dir=new", "--dim=32"], "another shape (dim was 16, now 32): blocks.0.mlp.out.weight and"),
     (["--init_from=out", "--out_dir=new", "--depth=2"], "depth was 1, now 2"),
