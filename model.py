@@ -10,6 +10,7 @@ The letters, and what the papers call them. Every size is a capital; so are the 
   q, k, v   phi(Q_i), phi(K_i), V_i in [1, Eq. 4];  q_t, k_t, v_t in [3, 5, 6]
   S         the state, S_i in [1, Eq. 10], transposed in [5, 6];  its ones column is Z_i in [1, Eq. 11]
   b         write strength of the delta rule, beta_t in [4, 5, 6]
+  u, w      what a chunk writes is u - w S, of the state S that it starts from;  u is v without the delta rule [5, Eq. 8]
   g         log decay, log gamma in [3], log alpha_t in [6];  G its running sum inside a chunk
   D         what token i still sees of token j: exp(G_i - G_j) for i >= j, else 0 [3, Eq. 5]
 
@@ -120,27 +121,32 @@ class ModelConfig:
         at_least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
         for name, least in (at_least | dict(mlp_ratio=0, dropout=0, feature_dim=0)).items():
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
-        require(self.dropout < 1, f"dropout must be below 1, got {self.dropout}")
-        require(self.dim % self.n_heads == 0, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}")
         require(self.mixers and all(mixer in MIXERS for mixer in self.mixers),
                 f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(self.mixers) or 'nothing'!r}")
-        require(self.head_dim("v") >= 1, f"expand_v={self.expand_v} leaves v no width")
-        for mixer in self.mixers if self.pos == "rope" else ():
-            width = {"linear": self.head_dim("k"), "window": self.head_dim(), "softmax": self.head_dim()}.get(mixer, 0)
-            require(width % 2 == 0, f"pos=rope turns pairs of features, but a {mixer} head is {width} wide: make it even")
-        if "linear" in self.mixers:
-            phi, name, summed = FEATURE_MAPS[self.feature_map], self.feature_map, self.normaliser == "sum"
-            require(not summed or phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
-                    "negative: take normaliser=rms, or feature_map elu, relu or taylor")
-            require(not (summed and phi.can_vanish and self.pos == "rope"), f"feature_map={name} can make all weights zero, "
-                    "and pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
-            require(not (summed and self.delta),
-                    "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms")
-            require(phi.unit or not self.delta,
-                    f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {name}")
+
+        name, phi = self.feature_map, FEATURE_MAPS[self.feature_map]
+        linear, rope = "linear" in self.mixers, self.pos == "rope"
+        summed, delta = linear and self.normaliser == "sum", linear and self.delta
         ordered = {"window", "conv"} & {*self.mixers} or self.short_conv or self.delta or self.decay != "none"
-        require(self.causal or not ordered,
-                "causal=False has no order in time: only plain linear and softmax mixers have a bidirectional form")
+        turned = {self.head_dim("k" if mixer == "linear" else "") for mixer in self.mixers if mixer != "conv"}
+        for illegal, reason in (
+            (self.dropout >= 1, f"dropout must be below 1, got {self.dropout}"),
+            (self.dim % self.n_heads, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}"),
+            (self.head_dim("v") < 1, f"expand_v={self.expand_v} leaves v no width"),
+            (rope and any(width % 2 for width in turned),
+             f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(turned)}"),
+            (summed and not phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
+             "negative: take normaliser=rms, or feature_map elu, relu or taylor"),
+            (summed and rope and phi.can_vanish, f"feature_map={name} can make all weights zero, and pos=rope then leaves a "
+             "numerator to divide by them: take pos=none, or feature_map=elu"),
+            (summed and delta,
+             "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms"),
+            (delta and not phi.unit,
+             f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {name}"),
+            (ordered and not self.causal,
+             "causal=False has no order in time: only plain linear and softmax mixers have a bidirectional form"),
+        ):
+            require(not illegal, reason)
 
     def head_dim(self, which=""):
         """Width of one head: "k" and "v" of the linear mixer, otherwise of every other mixer."""
@@ -369,7 +375,7 @@ class CausalConv(nn.Module):
             state = x.new_zeros(x.shape[0], past, x.shape[2])
         x = torch.cat([state, x], dim=1)
         y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
-        return y.to(x.dtype), x[:, T:].clone()                                                # a view would keep all of x alive
+        return y.to(x.dtype), x[:, T:].clone()                                    # a view would keep all of x alive
 
 
 class Linear(nn.Module):
