@@ -57,7 +57,7 @@ class FeatureMap(NamedTuple):
 
 def silu_l2(x):
     """SiLU, then unit length [6, Sec. 3.4]."""
-    return F.normalize(F.silu(x), dim=-1)
+    return F.normalize(F.silu(x), dim=-1).to(x.dtype)                             # autocast on CUDA makes norms fp32
 
 
 def taylor(x):
