@@ -2,6 +2,10 @@
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)                          # a slow example is not a wrong one
+settings.load_profile("busy machine")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
