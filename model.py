@@ -23,6 +23,7 @@ The letters, and what the papers call them. Every size is a capital; so are the 
   [7] Su et al. 2021, RoFormer, 2104.09864
   [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
 """
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -490,8 +491,10 @@ class Softmax(nn.Module):
         if T == tokens:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
         mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # cuDNN plans each new length for 60 ms
+        # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Window(Softmax):
