@@ -1,4 +1,4 @@
-# make demo    prepares text, trains a small model on the CPU, prints what it writes (about 5 minutes)
+# make demo    prepares text, trains a small model on the CPU, prints what it writes (about 5 minutes on two idle cores)
 # make test    runs the whole test suite
 # make clean   removes .venv and caches, never data/ or out/
 #
@@ -13,7 +13,7 @@ help:
 demo: .venv/ready
 	$(PY) prepare.py --dataset=stdlib
 	$(PY) train.py config/tiny.py
-	$(PY) sample.py --out_dir=out/tiny --prompt='def ' --temperature=0.4
+	$(PY) sample.py --out_dir=out/tiny --prompt='def '
 
 test: .venv/ready
 	$(PY) -m pytest tests

@@ -100,7 +100,7 @@ def harness_model(model, tokenizer, context, batch_size):
             return [int(token) for token in tokenizer.encode(string)]
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return continuations(model, [(given, answer) for _, given, answer in requests], batch_size)
+            return continuations(model, [(given or [tokenizer.eot], answer) for _, given, answer in requests], batch_size)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             return [-nats(model, [tokenizer.eot, *self.tok_encode(r.args[0])], context) for r in requests]

@@ -60,6 +60,9 @@ class SampleConfig:
             raise ValueError("give either prompt or prompt_file, not both")
         if self.save_state and self.num_samples > 1:
             raise ValueError("save_state keeps one text: take num_samples=1, and num_samples=N with load_state")
+        target = Path(self.save_state or "x.state")
+        if not target.parent.is_dir() or target.exists() and not target.is_file():
+            raise ValueError(f"save_state={target} must be a file in a folder that is there")
 
 
 def read_text(path):

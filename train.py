@@ -45,7 +45,8 @@ from configurator import UserError, command, configure
 from model import LM, ModelConfig
 from prepare import bin_problems, commit, load_tokenizer, locked, open_split, read_manifest, remake
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 @dataclass
@@ -766,6 +767,9 @@ class Run:
 
     def restore(self, checkpoint):
         load_weights(self.model, checkpoint)
+        if checkpoint["config"].get("optimizer", "adamw") != self.config.optimizer:  # resume=changed
+            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and another "
+                            "--out_dir to start from its weights")
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
         self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
@@ -812,7 +816,7 @@ class Run:
             self.tokenizer = load_tokenizer(self.data["tokenizer"])
         trackers = [tracker(self, fresh) for tracker in wanted]
         try:
-            old = [self.latest, self.best, *self.out_dir.glob("ckpt-*.pt")] if fresh else []
+            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob("ckpt-*.pt")] if fresh else []
             for stale in [*self.out_dir.glob("*.tmp"), *old]:
                 stale.unlink(missing_ok=True)
         except OSError as error:

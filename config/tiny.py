@@ -2,7 +2,7 @@
 
     python prepare.py --dataset=stdlib
     python train.py config/tiny.py
-    python sample.py --out_dir=out/tiny --prompt="def " --temperature=0.4
+    python sample.py --out_dir=out/tiny --prompt="def "
 """
 out_dir = "out/tiny"
 dataset = "stdlib"

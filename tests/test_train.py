@@ -433,6 +433,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
     assert "take --dataset of the same tokenizer" in refusal(*foreign)
     assert "another shape" in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    assert "another optimizer" in refusal("--optimizer=muon", "--resume=changed", "--max_steps=15")
     result = run("--resume=changed", other[0], "--lr=2e-2", "--max_steps=15")
     assert result.code == 0 and "continuing at step 12" in result.err
     assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == list(range(1, 16))
@@ -1015,6 +1016,11 @@ def test_a_large_tensor_takes_memory_that_was_freed_before():
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         assert faults[2] - faults[1] < 1000, faults"""
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(train.__file__).parent)
+
+
+def test_a_rank_in_the_environment_without_torchrun_does_not_silence_the_run():
+    subprocess.run([sys.executable, "-c", "import train; assert train.RANK == 0"], check=True,
+                   cwd=Path(train.__file__).parent, env=os.environ | {"RANK": "1"})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
