@@ -291,21 +291,20 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     phi_q, phi_k = _times(expand.phi(q), from_start), expand.phi(k)               # (B,H,N,C,K)
 
     # 2. What each chunk writes, u - w S: with the delta rule it depends on the state S the chunk starts from.
-    u, w, k_end = v, None, _times(phi_k, to_end).mT                               # k_end (B,H,N,K,C)
+    u, w, erases, k_end = v, None, None, _times(phi_k, to_end).mT                 # k_end (B,H,N,K,C)
     if beta is not None:
         both = _delta_writes(k, beta, G, expand, torch.cat([v, _times(phi_k, from_start)], dim=-1))
         u, w = both.split([v.shape[-1], phi_k.shape[-1]], dim=-1)
         erases = k_end @ w                                                        # (B,H,N,K,K)
     writes = k_end @ u                                                            # (B,H,N,K,V)
 
-    # 3. The recurrence again, one step per chunk.
+    # 3. The recurrence again, one step per chunk. Unbound, since each x[:, :, n] would have a gradient as large as x.
     starts = []                                                                   # N of (B,H,K,V)
-    for n in range(q.shape[2]):
+    through, erases = ([None] * q.shape[2] if x is None else x.unbind(2) for x in (through, erases))
+    for write, kept, erase in zip(writes.unbind(2), through, erases):
         starts.append(state)
-        kept = _times(state, None if through is None else through[:, :, n])
-        if w is not None:
-            kept = kept - erases[:, :, n] @ state
-        state = kept + writes[:, :, n]
+        erased = 0.0 if erase is None else erase @ state
+        state = _times(state, kept) - erased + write
     start = torch.stack(starts, dim=2)                                            # (B,H,N,K,V)
 
     # 4. Each query reads what came before its chunk, and its chunk up to itself.
