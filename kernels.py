@@ -361,7 +361,8 @@ def _sizes(q, v, chunk_size):
     precision = "tf32x3" if BK > 128 else precision
     most = 64 if precision == "bf16" or BK == 64 else 32
     C = max(16, min(_power(chunk_size), most))
-    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=4 if BK == 64 or precision == "bf16" else 8), -(-q.shape[2] // C), 32, most
+    warps = 4 if BK == 64 or precision == "bf16" else 8
+    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=warps), -(-q.shape[2] // C), 32, most
 
 
 def _view(x):
