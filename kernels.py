@@ -505,7 +505,8 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32, one column more with divide_by.
     Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
     """
-    own = divide_by is not None and divide_by[0] is q and divide_by[1] is k
+    norm = divide_by is not None                                                  # bool() of a tuple breaks torch 2.11's graph
+    own = norm and divide_by[0] is q and divide_by[1] is k
     if expand is not None:
         divide_by = None if divide_by is None else tuple(map(expand.phi, divide_by))
         q, k = expand.phi(q), expand.phi(k)
@@ -528,5 +529,5 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
     qz, kz = divide_by if divide_by and not own else (None, None)
-    y, state, *_ = run(q, k, v, g, b, qz, kz, state, divide_by is not None, chunk_size)  # bool() breaks torch 2.11's graph
+    y, state, *_ = run(q, k, v, g, b, qz, kz, state, norm, chunk_size)
     return y, state[:, :, :K]
