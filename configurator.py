@@ -28,6 +28,10 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 ALLOWED = "a value is a number, string, True, False, None, a list of these, or + - * / // % ** on numbers"
 
+NANOGPT = {"n_layer": "depth", "n_embd": "dim", "n_head": "n_heads", "block_size": "seq_len", "learning_rate": "lr",
+           "max_iters": "max_steps", "warmup_iters": "warmup_steps", "eval_iters": "eval_tokens", "dtype": "precision",
+           "gradient_accumulation_steps": "grad_accum", "start": "prompt", "batch": "batch_size"}  # how it calls our keys
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one plain sentence that says what is wrong and how to mend it."""
@@ -211,8 +215,9 @@ def configure(argv, *classes, doc="", config_file=True, inherit=None):
     given = {cls: {} for cls in classes}
     for where, key, value, values in read_arguments(argv, config_file):
         if key not in legal:
-            near = difflib.get_close_matches(key.replace("-", "_").lower(), legal, n=1, cutoff=0)
-            raise UserError(f"{where} is not a known key; the nearest is {near[0]}, and --help lists all")
+            plain = key.replace("-", "_").lower()
+            near = NANOGPT.get(plain) if NANOGPT.get(plain) in legal else difflib.get_close_matches(plain, legal, 1, 0)[0]
+            raise UserError(f"{where} is not a known key; the nearest is {near}, and --help lists all")
         values = list(values)
         for cls in classes:
             if key in fields[cls]:

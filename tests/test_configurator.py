@@ -14,6 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configurator
+import model
+import sample
+import train
 from configurator import UserError, configure
 
 
@@ -131,6 +134,15 @@ def test_bad_flag_is_rejected_with_its_reason(argv, words):
     with pytest.raises(UserError) as caught:
         flags(*argv)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("typed, key", configurator.NANOGPT.items())
+def test_a_name_of_nanogpt_is_answered_with_ours_by_programs_that_have_it(typed, key):
+    classes = [sample.SampleConfig] if key == "prompt" else [train.TrainConfig, model.ModelConfig]
+    with pytest.raises(UserError, match=f"^--{typed} is not a known key; the nearest is {key},"):
+        configure([f"--{typed}=1"], *classes)
+    with pytest.raises(UserError, match="the nearest is (?!depth)"):
+        flags("--n_layer=1")
 
 
 @pytest.mark.parametrize("text, message", [
