@@ -129,7 +129,7 @@ def harness_model(model, tokenizer, context, batch_size):
 
 
 def run_tasks(config, harness):
-    """{task: {metric: value}} of lm-evaluation-harness."""
+    """{task: {metric: value}} of lm-evaluation-harness; of a task with filters {task: {"metric,filter": value}}."""
     import lm_eval
     from lm_eval.tasks import TaskManager
     try:
@@ -137,7 +137,7 @@ def run_tasks(config, harness):
                                         task_manager=TaskManager(include_path=config.task_dir or None))
     except (ValueError, KeyError, OSError) as error:  # an unknown task; data that is neither here nor reachable
         raise UserError(f"lm_eval cannot run {config.tasks}: {' '.join(str(error).split())[:300]}") from None
-    return {task: {key.split(",")[0]: value for key, value in values.items() if isinstance(value, float)}
+    return {task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
             for task, values in found["results"].items()}
 
 

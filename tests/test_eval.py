@@ -1,4 +1,6 @@
 """eval.py: every token is predicted once, from all before it; the harness gets the log-likelihoods of our own forward."""
+import gzip
+import itertools
 import json
 import math
 import sys
@@ -13,6 +15,7 @@ from configurator import command
 from model import LM, ModelConfig
 from test_sample import BYTES, one_thread, write_checkpoint  # noqa: F401 (a fixture)
 
+SAMPLES = Path(__file__).resolve().parents[2] / "shared/data/eval"
 TEXT = "Größe: a text of 63 bytes, to be read in one pass or in windows"
 
 
@@ -106,19 +109,80 @@ def test_bad_input_is_one_line_with_exit_code_2(measure, tmp_path, monkeypatch, 
 
 TASK = """task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/{name}.jsonl}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: {kind}
-doc_to_text: "{{{{question}}}}"
+doc_to_text: "{text}"
 doc_to_target: "{target}"
+"""
+FILTERS = """filter_list:
+  - {name: all, filter: [{function: take_first}]}
+  - {name: letters, filter: [{function: regex, regex_pattern: '[a-z]+'}, {function: take_first}]}
 """
 
 
-@pytest.mark.slow
-def test_the_harness_gets_the_log_likelihoods_of_our_own_forward(measure, tmp_path, monkeypatch):
+@pytest.fixture
+def harness(measure, tmp_path, monkeypatch):
+    """harness(*flags) is `python eval.py`, with lm_eval and without a network: what it prints."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def harness(*flags):
+        result = measure(f"--task_dir={tmp_path}", *flags)
+        assert result.code == 0, result
+        return json.loads(result.out)
+    return harness
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of LAMBADA, HellaSwag and PIQA are not beside the checkout")
+def test_lambada_and_multiple_choice_give_the_log_likelihoods_of_our_own_forward(harness, monkeypatch):
+    model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
+    count, given, calls = 12, {}, eval.continuations
+
+    def spy(model, pairs, batch_size):
+        answers = calls(model, pairs, batch_size)
+        given.update({tuple(map(bytes, pair)): answer for pair, answer in zip(pairs, answers, strict=True)})
+        return answers
+    monkeypatch.setattr(eval, "continuations", spy)
+    tasks = {"lambada_openai": ("loglikelihood", "{{text.split(' ')[:-1]|join(' ')}}", "{{' ' + text.split(' ')[-1]}}",
+                                "metric_list: [{metric: perplexity}, {metric: acc}]\n"),
+             "hellaswag_val": ("multiple_choice", "{{ctx}}", "{{label|int}}", 'doc_to_choice: "{{endings}}"\n'),
+             "piqa_val": ("multiple_choice", "{{goal}}", "label", 'doc_to_choice: "{{[sol1, sol2]}}"\n')}
+    for name, (kind, text, target, more) in tasks.items():
+        task = TASK.format(name=f"local_{name}", data=SAMPLES / f"{name}.jsonl.gz", kind=kind, text=text, target=target)
+        Path(f"{name}.yaml").write_text(task + more)
+    found = harness(f"--tasks={','.join(f'local_{name}' for name in tasks)}", f"--limit={count}")
+
+    def score(context, answer):
+        """log p by one forward of the whole, and that the harness was given the same."""
+        context, tokens = context.encode(), list((context + answer).encode())
+        with torch.no_grad():
+            log_p = model(torch.tensor([tokens[:-1]]))[0][0].log_softmax(-1)
+        mine = sum(float(log_p[i - 1, tokens[i]]) for i in range(len(context), len(tokens)))
+        assert given[context, answer.encode()][0] == pytest.approx(mine, abs=1e-3)
+        return mine
+
+    def docs(name):
+        with gzip.open(SAMPLES / f"{name}.jsonl.gz", "rt") as file:
+            return [json.loads(line) for line in itertools.islice(file, count)]
+
+    def accuracy(name, question, choices):
+        right = []
+        for doc in docs(name):
+            scores = [score(doc[question], " " + choice) for choice in choices(doc)]
+            right.append(scores.index(max(scores)) == int(doc["label"]))
+        assert found[f"local_{name}"]["acc"] == pytest.approx(sum(right) / count)
+    scores = [score(text, " " + word) for text, _, word in (doc["text"].rpartition(" ") for doc in docs("lambada_openai"))]
+    assert found["local_lambada_openai"]["perplexity"] == pytest.approx(math.exp(-sum(scores) / count), rel=1e-4)
+    accuracy("hellaswag_val", "ctx", lambda doc: doc["endings"])
+    accuracy("piqa_val", "goal", lambda doc: (doc["sol1"], doc["sol2"]))
+    assert len(given) == count * (1 + 4 + 2)
+
+
+@pytest.mark.slow
+def test_every_kind_of_task_measures_our_own_forward_and_each_filter_has_its_figure(harness, tmp_path):
     model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
     docs = [{"question": f"{a} and {b} are", "choices": [f" {a + b}", f" {a - b}!", f" {a * b}"], "label": (a * b) % 3}
             for a in range(4) for b in range(3)]
@@ -126,13 +190,13 @@ def test_the_harness_gets_the_log_likelihoods_of_our_own_forward(measure, tmp_pa
              "predict": ("loglikelihood", "{{choices[0]}}", "metric_list: [{metric: perplexity}, {metric: acc}]\n"),
              "read": ("loglikelihood_rolling", "{{question}}", "metric_list: [{metric: bits_per_byte}]\n"),
              "write": ("generate_until", "{{choices[0]}}", "generation_kwargs: {until: [' '], max_gen_toks: 5}\n"
-                       "metric_list: [{metric: bypass}]\n")}
+                       "metric_list: [{metric: exact_match}]\n" + FILTERS)}
     for name, (kind, target, more) in tasks.items():
-        Path(f"{name}.yaml").write_text(TASK.format(name=name, folder=tmp_path, kind=kind, target=target) + more)
+        data = tmp_path / f"{name}.jsonl"
+        Path(f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, text="{{question}}", target=target) + more)
         Path(f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    result = measure("--tasks=choose,predict,read,write", f"--task_dir={tmp_path}")
-    assert result.code == 0, result
-    found = json.loads(result.out)
+    found = harness("--tasks=choose,predict,read,write")
+    assert {"exact_match,all", "exact_match,letters"} <= set(found["write"])
 
     def score(doc, i):
         given, answer = doc["question"].encode(), doc["choices"][i].encode()
@@ -145,10 +209,10 @@ def test_the_harness_gets_the_log_likelihoods_of_our_own_forward(measure, tmp_pa
     bits = -sum(sum(log_p(model, [256, *text])) for text in texts) / sum(map(len, texts)) / math.log(2)
     assert found["read"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
-    harness = eval.harness_model(model, BYTES, 0, 4)                              # greedy, up to the first stop, without it
-    whole = harness.write("abc", {"until": [], "max_gen_toks": 12})
+    writer = eval.harness_model(model, BYTES, 0, 4)                               # greedy, up to the first stop, without it
+    whole = writer.write("abc", {"until": [], "max_gen_toks": 12})
     tokens = [int(t) for t, _ in model.generate(torch.tensor([list(b"abc")]), 12, temperature=0)]
     assert whole == bytes(tokens).decode(errors="replace")
     stop = bytes(tokens[2:4]).decode("latin-1")
-    assert stop.isascii() and harness.write("abc", {"until": [stop, "never"], "max_gen_toks": 12}) == whole[:whole.index(stop)]
-    assert harness.write("abc", {"max_gen_toks": 3}) == bytes(tokens[:3]).decode(errors="replace")
+    assert stop.isascii() and writer.write("abc", {"until": [stop, "never"], "max_gen_toks": 12}) == whole[:whole.index(stop)]
+    assert writer.write("abc", {"max_gen_toks": 3}) == bytes(tokens[:3]).decode(errors="replace")
