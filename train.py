@@ -18,6 +18,7 @@ import html
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -561,6 +562,7 @@ def load_pretrained(source, device="cpu"):
         return load_model(load_checkpoint(files[0]), device)
     if not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):     # out/bsae: the hub need not be asked
         raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # a line for each retry: ours is enough
     try:
         with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
             return LM.from_pretrained(source, strict=True).to(device)
