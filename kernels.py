@@ -1,4 +1,5 @@
-"""The chunked form on a GPU: the one operation of model.py and its gradients, in Triton. Used on CUDA, never required.
+"""What model.py says plainly, faster or in less memory: the same numbers. The chunked form on a GPU, in Triton; the loss
+without all of its logits; decoding as one CUDA graph. A CPU needs the second alone, and nothing here a GPU or Triton.
 
 Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
 again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
@@ -22,10 +23,12 @@ and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y 
 where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope turns
 the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
 """
+import math
 import types
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 try:
     import triton
@@ -486,7 +489,7 @@ class _Eager(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What model.py calls
+# The operation, as model.py calls it
 
 
 def available(q, v, expand=None):
@@ -531,3 +534,87 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     qz, kz = divide_by if divide_by and not own else (None, None)
     y, state, *_ = run(q, k, v, g, b, qz, kz, state, norm, chunk_size)
     return y, state[:, :, :K]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def softmax_loss(logits, targets, vocab_size, with_grad):
+    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in logits' dtype; targets of -1 do not count."""
+    dtype, counted = logits.dtype, (targets >= 0)[:, None]
+    targets = targets.clamp(min=0)[:, None]
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits[:, vocab_size:] = -math.inf                                            # padding is no token
+    log_z = logits.logsumexp(-1, keepdim=True)
+    losses = (log_z - logits.gather(1, targets)) * counted
+    if not with_grad:
+        return losses.sum(), None
+    p = (logits - log_z).exp_().mul_(counted).to(dtype)
+    return losses.sum(), p.scatter_(1, targets, torch.expm1(-losses).to(dtype))  # p - 1 at the target, rounded once
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of each chunk is taken while its logits are there, so backward costs no second product with W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, softmax_loss, chunk, with_grad):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w, count, loss = weight.to(dtype), (targets >= 0).sum().clamp(min=1), 0.0
+        if with_grad:
+            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), chunk):
+            part = x[start:start + chunk].to(dtype)
+            part_loss, grad = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size, with_grad)
+            loss = loss + part_loss
+            if with_grad:                                                         # grad (chunk,vocab)
+                grad_x[start:start + chunk] = grad @ w
+                grad_w += grad.T @ part
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w, count = ctx.saved_tensors
+        return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_loss, chunk=None):
+    """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
+
+    Args: x (rows,dim); weight (vocab_size or more,dim), rows past the vocabulary are padding; targets (rows,), -1 is not
+      counted; softmax_loss, or a compiled one; chunk, rows at once, by default 512 MB of bf16 on a GPU, 128 MB of fp32 else.
+    """
+    chunk = chunk or max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
+    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softmax_loss, chunk, torch.is_grad_enabled())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def cuda_graph(step, idx, state):
+    """step(idx, state) -> (logits, state) as one recorded CUDA graph: a step is many kernels shorter than their launches.
+
+    The state stays in one place and is updated there, so its shapes must not change from step to step.
+    """
+    idx, state = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (idx, state))
+    autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), autocast:                                       # once before, for what is set up lazily
+        step(idx, state)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph), autocast:
+        logits, after = step(idx, state)
+        for old, new in zip(tree_leaves(state), tree_leaves(after)):
+            if torch.is_tensor(old):
+                old.copy_(new)
+
+    def replay(new_idx, _):
+        idx.copy_(new_idx)
+        graph.replay()
+        return logits, state
+    return replay

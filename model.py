@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -589,51 +589,6 @@ class Block(nn.Module):
         return x, state
 
 
-def softmax_loss(logits, targets, vocab_size, with_grad):
-    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in logits' dtype; targets of -1 do not count."""
-    dtype, counted = logits.dtype, (targets >= 0)[:, None]
-    targets = targets.clamp(min=0)[:, None]
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    logits[:, vocab_size:] = -math.inf                                            # padding is no token
-    log_z = logits.logsumexp(-1, keepdim=True)
-    losses = (log_z - logits.gather(1, targets)) * counted
-    if not with_grad:
-        return losses.sum(), None
-    p = (logits - log_z).exp_().mul_(counted).to(dtype)
-    return losses.sum(), p.scatter_(1, targets, torch.expm1(-losses).to(dtype))  # p - 1 at the target, rounded once
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
-
-    The gradient of each chunk is taken while its logits are there, so backward costs no second product with W.
-    x (rows,dim); weight (vocab or more,dim), rows past the vocabulary are padding; targets (rows,), -1 is not counted.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk, softmax_loss=softmax_loss, with_grad=True):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, count, loss = weight.to(dtype), (targets >= 0).sum().clamp(min=1), 0.0
-        if with_grad:
-            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        for start in range(0, len(x), chunk):
-            part = x[start:start + chunk].to(dtype)
-            part_loss, grad = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size, with_grad)
-            loss = loss + part_loss
-            if with_grad:                                                         # grad (chunk,vocab)
-                grad_x[start:start + chunk] = grad @ w
-                grad_w += grad.T @ part
-        if with_grad:
-            ctx.save_for_backward(grad_x, grad_w, count)
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w, count = ctx.saved_tensors
-        return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
-
-
 class LM(nn.Module, Shared):
     """The language model: embedding, blocks, a final norm, and the output projection."""
 
@@ -647,7 +602,7 @@ class LM(nn.Module, Shared):
         pattern = config.mixers * config.depth
         self.blocks = nn.ModuleList(Block(config, pattern[i]) for i in range(config.depth))
         self.norm = make_norm(config)
-        self.softmax_loss = softmax_loss                                          # train.py may put a compiled one here
+        self.softmax_loss = kernels.softmax_loss                                          # train.py may put a compiled one here
         self.unembed = nn.Linear(config.dim, rows, bias=False)
         if config.tied:
             self.unembed.weight = self.embed.weight
@@ -673,10 +628,8 @@ class LM(nn.Module, Shared):
         x, state = self.hidden(idx, state)
         if targets is None:
             return self.logits(x), state
-        logits_at_once = 2 ** 28 if x.is_cuda else 2 ** 25                        # 512 MB of bf16, 128 MB of fp32
-        chunk = max(1, logits_at_once // self.unembed.out_features)
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
-                                        self.config.vocab_size, chunk, self.softmax_loss, torch.is_grad_enabled()), state
+        return kernels.linear_cross_entropy(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
+                                            self.config.vocab_size, self.softmax_loss), state
 
     def hidden(self, idx, state=None):
         """The blocks' output before the output projection: idx (B,T) -> (B,T,dim), and the new state."""
@@ -729,33 +682,8 @@ class LM(nn.Module, Shared):
             token = choose(logits, temperature, top_k, top_p, generator)
             yield token, state
             if step is read and idx.is_cuda and self.config.pos != "learned" and shapes(state) == before:
-                step = cuda_graph(read, token[:, None], state)
+                step = kernels.cuda_graph(read, token[:, None], state)
             unread = token[:, None]
-
-
-def cuda_graph(step, idx, state):
-    """step(idx, state) -> (logits, state) as one recorded CUDA graph: a step is many kernels shorter than their launches.
-
-    The state stays in one place and is updated there, so its shapes must not change from step to step.
-    """
-    idx, state = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (idx, state))
-    autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), autocast:                                       # once before, for what is set up lazily
-        step(idx, state)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph), autocast:
-        logits, after = step(idx, state)
-        for old, new in zip(tree_leaves(state), tree_leaves(after)):
-            if torch.is_tensor(old):
-                old.copy_(new)
-
-    def replay(new_idx, _):
-        idx.copy_(new_idx)
-        graph.replay()
-        return logits, state
-    return replay
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from configurator import read_config_file
-from model import FEATURE_MAPS, LM, LinearCrossEntropy, ModelConfig, choose, rope_table, rotate
+from kernels import linear_cross_entropy
+from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate
 
 
 def chunked(size):
@@ -637,11 +638,11 @@ def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradients(chunk):
     x, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (30, 128))
     targets = torch.randint(70, (30,))                                           # the other 58 rows are padding
     targets[[0, 7, 8, 29]] = -1
-    loss = LinearCrossEntropy.apply(x, weight, targets, 70, chunk)
+    loss = linear_cross_entropy(x, weight, targets, 70, chunk=chunk)
     wanted = F.cross_entropy(x @ weight[:70].T, targets, ignore_index=-1)
     close(loss, wanted, 1e-12)
     close(*(torch.autograd.grad(3 * z, (x, weight)) for z in (loss, wanted)), 1e-12)
-    assert LinearCrossEntropy.apply(x, weight, targets.clamp(max=-1), 70, chunk) == 0
+    assert linear_cross_entropy(x, weight, targets.clamp(max=-1), 70, chunk=chunk) == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -657,7 +658,7 @@ def test_the_loss_of_the_model_is_cross_entropy_of_its_logits(tied):
 def test_no_more_than_one_chunk_of_logits_is_in_memory():
     x, weight = (torch.randn(n, 8, requires_grad=True) for n in (4096, 512))
     with Largest() as seen:
-        LinearCrossEntropy.apply(x, weight, torch.randint(512, (4096,)), 512, 64).backward()
+        linear_cross_entropy(x, weight, torch.randint(512, (4096,)), 512, chunk=64).backward()
     assert seen.elements <= 64 * 512                                             # and not 4096 * 512
     lm, idx = LM(ModelConfig(**{**TINY, "vocab_size": 50257, "depth": 1})), torch.zeros(1, 2048, dtype=torch.long)
     with Largest() as seen:
