@@ -8,10 +8,12 @@ passes silently and a file can do anything. Here a config file is data: `key = v
 run; a key that no class has, or a value that is not of the field's type, is an error that says where and what to write.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
 import inspect
+import json
 import math
 import operator
 import os
@@ -19,6 +21,7 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import types
 import typing
 import warnings
@@ -280,6 +283,10 @@ def command(main):
             raise
         message, code = f"a name is too long: {show(error.filename)}", 2
     if message:
-        print(f"{program}: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's report, some 40 lines, ends with what is in it
+            said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}  # before others were stopped
+            with contextlib.suppress(OSError):
+                Path(report).write_text(json.dumps({"message": said}))
     if code:
         sys.exit(code)

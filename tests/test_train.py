@@ -418,6 +418,7 @@ def test_what_the_user_can_mend_is_one_line_of_all_processes_and_none_hangs(torc
         process = torchrun(*flags)
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 1 and err.count("train.py: ") == 1 and f"train.py: {message}" in err, err
+        assert f"traceback : {message}" in err.split("Root Cause")[1], err           # the end of torchrun's report
         assert not (tmp_path / "out").exists()
 
 
