@@ -11,6 +11,7 @@ Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowe
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
+import atexit
 import ctypes
 import dataclasses
 import hashlib
@@ -26,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -142,6 +144,26 @@ def processes():
                             "the same command goes on from the last checkpoint") from None
         raise
     dist.destroy_process_group()
+
+
+def run_and_leave():
+    """command(main) for one of several processes, without Python's own end.
+
+    A thread of gloo lets go of the tensors of a finished collective a moment after the collective's caller goes on. They
+    are Python's too, and a thread that asks a Python that is ending for anything is ended, which C++ answers with abort().
+    """
+    try:
+        command(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()                                                       # W&B ends its run there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def reduce(value, op=dist.ReduceOp.SUM, device="cpu"):
@@ -1057,4 +1079,4 @@ def stop_at_signals():
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main) if WORLD == 1 else run_and_leave()

@@ -309,8 +309,8 @@ def torchrun(data, tmp_path):
     """torchrun(*flags) starts train.py in two processes in tmp_path: the Popen of torchrun."""
     started = []
 
-    def torchrun(*flags, processes=2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", PROGRAM]
+    def torchrun(*flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM]
         started.append(subprocess.Popen(
             [*command, *MODEL, *RUN, "--batch_size=8", "--grad_accum=4", "--dropout=0.1", f"--data_dir={data}", *flags], cwd=tmp_path,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
@@ -318,6 +318,13 @@ def torchrun(data, tmp_path):
     yield torchrun
     for process in started:
         process.kill()
+
+
+def finish(process):
+    """The stderr of a run of torchrun that must end well."""
+    err = process.communicate()[1]
+    assert process.returncode == 0, err
+    return err
 
 
 def workers(parent):
@@ -343,9 +350,8 @@ def test_two_processes_train_the_run_of_one_up_to_rounding(run, torchrun, tmp_pa
     flags = "--eval_tokens=300", "--dropout=0", "--out_dir=out"                   # 19 windows: no even number of pieces
     run("--batch_size=8", *flags, at="one")
     (tmp_path / "out").mkdir()
-    process = torchrun(*flags)
-    err = process.communicate()[1]
-    assert process.returncode == 0 and err.count("step 12/12: ") == 1 and ", 2 processes" in err, err
+    err = finish(torchrun(*flags))
+    assert err.count("step 12/12: ") == 1 and ", 2 processes" in err, err
     one, two = records(tmp_path / "one"), records(tmp_path)
     assert len(one) == len(two) == 14
     for mine, theirs in zip(one, two):
@@ -362,9 +368,8 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(*flags, at=".").code == 143
-    process = torchrun(*flags, "--shard")
-    err = process.communicate()[1]
-    assert process.returncode == 0 and "2 processes, continuing at step 5" in err, err
+    err = finish(torchrun(*flags, "--shard"))
+    assert "2 processes, continuing at step 5" in err, err
     one, two = records(tmp_path / "one"), records(tmp_path)
     assert len(one) == len(two) == 14 and any(r.get("grad_norm", 0) > 0.6 for r in one[6:])  # clipped
     for mine, theirs in zip(one, two):
@@ -384,7 +389,7 @@ def test_shards_of_one_process_are_refused(refusal, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_same(torchrun, tmp_path):
-    assert torchrun("--out_dir=undisturbed/out", "--max_steps=300").wait() == 0
+    finish(torchrun("--out_dir=undisturbed/out", "--max_steps=300"))
     process = torchrun("--out_dir=run/out", "--max_steps=300")
     for rank, number in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
         wait_for(tmp_path / "run/out/ckpt.pt", process)
@@ -398,8 +403,7 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
         step = train.load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
         assert step < 300 and not (tmp_path / "run/out/loss.png").exists()
         process = torchrun("--out_dir=run/out", "--max_steps=300")
-    err = process.communicate()[1]
-    assert process.returncode == 0 and f"continuing at step {step}" in err, err
+    assert f"continuing at step {step}" in finish(process)
     mine, theirs = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
     for folder in (mine, theirs):
         folder.pop("loss.png")                                                    # it names the folder
