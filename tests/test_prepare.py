@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -175,8 +174,6 @@ def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, va
     packed = bytearray(gzip.compress(json.dumps({"text": data.hex()}).encode() + b"\n"))
     packed[position % len(packed)] = value
     texts, bad = read(scratch / "damaged.json.gz", packed[:size])
-    with mock.patch.dict(sys.modules, isal=None):
-        assert (texts, bad) == read(scratch / "damaged.json.gz", packed[:size]), "another result without isal"
     assert texts == [data.hex()] or bad or size == 0
 
 
@@ -406,11 +403,11 @@ def test_other_options_in_the_same_folder_are_refused_with_the_difference(tmp_pa
     run(tmp_path, *ask)
     before = contents(tmp_path / "data/d")
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
-    assert "also holds b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
-    assert "from a.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
+    assert "source b.jsonl, not among the files" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
+    assert "source a.jsonl, not b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "grown"}\n')
-    assert "from a.jsonl" in refusal(tmp_path, *ask)
+    assert "source_bytes" in refusal(tmp_path, *ask)
     (tmp_path / "data/d/manifest.json").unlink()  # an unfinished dataset is protected as well
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
     del before["manifest.json"]
