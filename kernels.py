@@ -28,6 +28,7 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 try:
@@ -593,6 +594,32 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_lo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
+
+
+def softmax_attention(q, k, v, mask, is_causal):
+    """F.scaled_dot_product_attention, without cuDNN where keys outgrow queries: it would plan each new length for 60 ms."""
+    if not q.is_cuda or q.shape[2] == k.shape[2]:                                 # on a CPU choosing itself takes time
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+
+
+def recorded(step):
+    """step(idx, state) -> (logits, state) that becomes a CUDA graph after a step of one token with a state of fixed shapes."""
+    graph = None
+
+    def shapes(state):
+        return [x.shape for x in tree_leaves(state) if torch.is_tensor(x)]
+
+    def run(idx, state):
+        nonlocal graph
+        if graph is not None:
+            return graph(idx, state)
+        logits, after = step(idx, state)
+        if idx.shape[1] == 1 and shapes(after) == shapes(state):
+            graph = cuda_graph(step, idx, after)
+        return logits, after
+    return run
 
 
 def cuda_graph(step, idx, state):

@@ -4,13 +4,12 @@ Attention without the softmax is a recurrence. Where softmax attention compares 
 attention keeps one matrix S per head: a token adds k v^T to it, a query reads S^T q. Training costs O(T) instead of
 O(T^2), and generating a million tokens costs the memory of generating one.
 
-The letters, and what the papers call them. Every size is a capital; so are the matrices S and D, and the vector G.
+The letters, and what the papers call them. Sizes are capitals, and so are matrices and the vector G.
   B, T, H   batch, time, heads                           N, C   chunks, and tokens in a chunk (T = N C)
   d, K, V   width per head: of q and k before their feature map, of q and k after it, of v
   q, k, v   phi(Q_i), phi(K_i), V_i in [1, Eq. 4];  q_t, k_t, v_t in [3, 5, 6]
   S         the state, S_i in [1, Eq. 10], transposed in [5, 6];  its ones column is Z_i in [1, Eq. 11]
   b         write strength of the delta rule, beta_t in [4, 5, 6]
-  u, w      what a chunk writes is u - w S, of the state S that it starts from;  u is v without the delta rule [5, Eq. 8]
   g         log decay, log gamma in [3], log alpha_t in [6];  G its running sum inside a chunk
   D         what token i still sees of token j: exp(G_i - G_j) for i >= j, else 0 [3, Eq. 5]
 
@@ -23,7 +22,6 @@ The letters, and what the papers call them. Every size is a capital; so are the 
   [7] Su et al. 2021, RoFormer, 2104.09864
   [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
 """
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -32,8 +30,6 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -41,8 +37,7 @@ import kernels
 try:
     from huggingface_hub import PyTorchModelHubMixin as Shared  # from_pretrained, save_pretrained, push_to_hub
 except ImportError:
-    class Shared:
-        """The model without the sharing."""
+    Shared = object                                                               # the model without the sharing
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Feature maps phi: what stands in for the softmax. Each works on the last dimension, any leading shape.
@@ -54,6 +49,11 @@ class FeatureMap(NamedTuple):
     can_vanish: bool = False          # all of phi can be 0: then not with rope, whose numerator does not vanish with it
     unit: bool = False                # |phi(k)| = 1: the delta rule cannot overshoot
     kernel: Callable | None = None    # s = q.k -> phi(q).phi(k), where that is cheaper than expanding both
+
+
+def elu(x):
+    """ELU(x) + 1 [1, Eq. 7]."""
+    return F.elu(x) + 1
 
 
 def silu_l2(x):
@@ -74,9 +74,9 @@ def taylor(x):
 
 
 FEATURE_MAPS = {
-    "elu": FeatureMap(lambda x: F.elu(x) + 1, positive=True),                                        # [1, Eq. 7]
+    "elu": FeatureMap(elu, positive=True),
     "relu": FeatureMap(F.relu, positive=True, can_vanish=True),
-    "identity": FeatureMap(lambda x: x),                                                             # [3]
+    "identity": FeatureMap(lambda x: x),                                          # [3]
     "silu_l2": FeatureMap(silu_l2, unit=True),
     "taylor": FeatureMap(taylor, positive=True, kernel=lambda s, d: 1 + s / d ** 0.5 + s * s / (2 * d)),
 }
@@ -117,8 +117,8 @@ class ModelConfig:
         if isinstance(self.mixers, str):
             self.mixers = self.mixers.replace(",", " ").split()
         choices = {name: get_args(kind) for name, kind in get_type_hints(type(self)).items() if get_origin(kind) is Literal}
-        for name, values in {**choices, "feature_map": tuple(FEATURE_MAPS)}.items():
-            require(getattr(self, name) in values, f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        for name, legal in {**choices, "feature_map": tuple(FEATURE_MAPS)}.items():
+            require(getattr(self, name) in legal, f"{name} must be one of {', '.join(legal)}, got {getattr(self, name)!r}")
         at_least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
         for name, least in (at_least | dict(mlp_ratio=0, dropout=0, feature_dim=0)).items():
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -130,22 +130,19 @@ class ModelConfig:
         summed, delta = linear and self.normaliser == "sum", linear and self.delta
         ordered = {"window", "conv"} & {*self.mixers} or self.short_conv or self.delta or self.decay != "none"
         turned = {self.head_dim("k" if mixer == "linear" else "") for mixer in self.mixers if mixer != "conv"}
+        odd = [width for width in turned if width % 2]
         for illegal, reason in (
             (self.dropout >= 1, f"dropout must be below 1, got {self.dropout}"),
             (self.dim % self.n_heads, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}"),
             (self.head_dim("v") < 1, f"expand_v={self.expand_v} leaves v no width"),
-            (rope and any(width % 2 for width in turned),
-             f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(turned)}"),
+            (rope and odd, f"pos=rope turns pairs of features, so heads must be an even number wide, not {odd[:1]}"),
             (summed and not phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
              "negative: take normaliser=rms, or feature_map elu, relu or taylor"),
             (summed and rope and phi.can_vanish, f"feature_map={name} can make all weights zero, and pos=rope then leaves a "
              "numerator to divide by them: take pos=none, or feature_map=elu"),
-            (summed and delta,
-             "delta=True overwrites instead of adding, so there is no sum to divide by: take normaliser=rms"),
-            (delta and not phi.unit,
-             f"delta=True diverges unless keys have unit length: take feature_map=silu_l2, not {name}"),
-            (ordered and not self.causal,
-             "causal=False has no order in time: only plain linear and softmax mixers have a bidirectional form"),
+            (summed and delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms"),
+            (delta and not phi.unit, f"delta=True diverges without keys of unit length: take feature_map=silu_l2, not {name}"),
+            (ordered and not self.causal, "causal=False has no order in time: it needs plain linear or softmax mixers"),
         ):
             require(not illegal, reason)
 
@@ -217,49 +214,45 @@ def _form(form):
     return checked
 
 
-def _decays(log_decay):
-    """G, and the shares that are left: of the start at token i, of token i at the end, of the start at the end.
+def _chunk(q, k, v, log_decay, beta, expand):
+    """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W to the next.
 
-    None stands for no decay, here and in what takes these: for all of it.
+    Plain: Y = P v, Q = q, A = 1, W = k^T v, with P = (q k^T) D, and q, k, A decayed since the start or until the end.
+    Delta rule: what is written is not v but u - w S, with (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 11].
+    Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
     """
-    if log_decay is None:
-        return None, None, None, None
-    G = log_decay.cumsum(-1)                                                      # (...,C)
-    return G, G.exp()[..., None], (G[..., -1:] - G).exp()[..., None], G[..., -1, None, None].exp()
+    phi_q, phi_k = expand.phi(q), expand.phi(k)
+    reads, seen, keeps, A = phi_q, phi_k, phi_k, v.new_ones(*v.shape[:-2], 1, 1)
+    if log_decay is not None:
+        G = log_decay.cumsum(-1)                                                  # (...,C)
+        future = torch.ones(2 * G.shape[-1:], dtype=torch.bool, device=G.device).triu(1)
+        # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. For the same reason never
+        # split it into exp(G_i) exp(-G_j).
+        D = (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
+        since_start, until_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
+        reads, seen, keeps, A = phi_q * since_start, phi_k * since_start, phi_k * until_end, G[..., -1, None, None].exp()
+
+    def scores(q, k):
+        pairs = q @ k.mT if expand.kernel is None else expand.kernel(q @ k.mT, q.shape[-1])
+        return pairs.tril() if log_decay is None else pairs * D
+    P = scores(q, k)
+    if beta is None:
+        return P @ v, reads, A, keeps.mT @ v
+    earlier, writes = beta[..., None] * scores(k, k), beta[..., None] * torch.cat([v, seen], dim=-1)
+    writes = torch.linalg.solve_triangular(earlier.tril(-1), writes, upper=False, unitriangular=True)
+    u, w = writes.split([v.shape[-1], seen.shape[-1]], dim=-1)
+    return P @ u, reads - P @ w, A * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - keeps.mT @ w, keeps.mT @ u
 
 
-def _times(x, share):
-    return x if share is None else x * share
-
-
-def _scores(q, k, G, expand):
-    """(q k^T) D: phi(q_i).phi(k_j) exp(G_i - G_j) for i >= j, else 0."""
-    scores = q @ k.mT
-    if expand.kernel is not None:
-        scores = expand.kernel(scores, q.shape[-1])
-    if G is None:
-        return scores.tril()
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. For the same reason never
-    # split it into exp(G_i) exp(-G_j).
-    return scores * (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
-
-
-def _delta_writes(k, beta, G, expand, wanted):
-    """Solves (I + tril(b (k k^T) D, -1)) u = b wanted: what the delta rule writes, given all earlier writes [5, Eq. 10]."""
-    earlier = (beta[..., None] * _scores(k, k, G, expand)).tril(-1)
-    return torch.linalg.solve_triangular(earlier, beta[..., None] * wanted, upper=False, unitriangular=True)
+def _carry(A, S):
+    return A * S if A.shape[-1] == 1 else A @ S
 
 
 @_form
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
-    """All pairs of tokens at once: y = ((q k^T) D) u + exp(G) q S_0. The definition, in O(T^2)."""
-    G, from_start, to_end, through = _decays(log_decay)
-    phi_q, phi_k, u = expand.phi(q), expand.phi(k), v
-    if beta is not None:
-        u = _delta_writes(k, beta, G, expand, v - _times(phi_k @ state, from_start))
-    y = _scores(q, k, G, expand) @ u + _times(phi_q @ state, from_start)
-    return y, _times(state, through) + _times(phi_k, to_end).mT @ u
+    """All pairs of tokens at once, as one chunk: y = ((q k^T) D) v + exp(G) q S_0. The definition, in O(T^2)."""
+    Y, Q, A, W = _chunk(q, k, v, log_decay, beta, expand)
+    return Y + Q @ state, _carry(A, state) + W
 
 
 @_form
@@ -283,34 +276,14 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     """Quadratic inside chunks of C tokens, recurrent from chunk to chunk: O(T C) work in matrix products [5, Eq. 8, 9]."""
     T, C = q.shape[2], min(chunk_size, q.shape[2])
 
-    # 1. Cut time into N chunks. Zeros fill up the last one: a zero value (and a zero beta) writes nothing.
-    def chunks(x):
+    def chunks(x):                                                                # zeros fill the last: they write nothing
         return None if x is None else F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))
-    q, k, v, log_decay, beta = map(chunks, (q, k, v, log_decay, beta))            # (B,H,N,C,...)
-    G, from_start, to_end, through = _decays(log_decay)
-    phi_q, phi_k = _times(expand.phi(q), from_start), expand.phi(k)               # (B,H,N,C,K)
-
-    # 2. What each chunk writes, u - w S: with the delta rule it depends on the state S the chunk starts from.
-    u, w, erases, k_end = v, None, None, _times(phi_k, to_end).mT                 # k_end (B,H,N,K,C)
-    if beta is not None:
-        both = _delta_writes(k, beta, G, expand, torch.cat([v, _times(phi_k, from_start)], dim=-1))
-        u, w = both.split([v.shape[-1], phi_k.shape[-1]], dim=-1)
-        erases = k_end @ w                                                        # (B,H,N,K,K)
-    writes = k_end @ u                                                            # (B,H,N,K,V)
-
-    # 3. The recurrence again, one step per chunk. Unbound, since each x[:, :, n] would have a gradient as large as x.
+    Y, Q, A, W = _chunk(*map(chunks, (q, k, v, log_decay, beta)), expand)         # (B,H,N,...)
     starts = []                                                                   # N of (B,H,K,V)
-    through, erases = ([None] * q.shape[2] if x is None else x.unbind(2) for x in (through, erases))
-    for write, kept, erase in zip(writes.unbind(2), through, erases):
+    for move, write in zip(A.unbind(2), W.unbind(2)):                             # A[:, :, n] has a gradient as large as A
         starts.append(state)
-        erased = 0.0 if erase is None else erase @ state
-        state = _times(state, kept) - erased + write
-    start = torch.stack(starts, dim=2)                                            # (B,H,N,K,V)
-
-    # 4. Each query reads what came before its chunk, and its chunk up to itself.
-    if w is not None:
-        u = u - w @ start
-    y = phi_q @ start + _scores(q, k, G, expand) @ u                              # (B,H,N,C,V)
+        state = _carry(move, state) + write
+    y = Y + Q @ torch.stack(starts, dim=2)                                        # (B,H,N,C,V)
     return y.flatten(2, 3)[:, :, :T], state
 
 
@@ -391,6 +364,7 @@ class Linear(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.map, dim, H = config, FEATURE_MAPS[config.feature_map], config.dim, config.n_heads
+        self.expand = self.map if self.map.kernel else None                       # left to the form
         self.widths = [H * config.head_dim(which) for which in ("k", "k", "v")]   # of q, k and v, all heads together
         self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
         self.out = nn.Linear(self.widths[2], dim, bias=False)
@@ -404,15 +378,9 @@ class Linear(nn.Module):
             self.norm = nn.RMSNorm(config.head_dim("v"), eps=1e-6)
         if config.decay == "gated":                                               # g = -A softplus(x W + bias) [8]
             self.decay = nn.Linear(dim, H, bias=False)
-            self.decay_bias = nn.Parameter(torch.empty(H))
-            self.log_A = nn.Parameter(torch.empty(H))
-
-    def init_weights(self):
-        """Gated decay starts as in [8]: A uniform in 1..16, softplus(bias) log-uniform in 0.001..0.1."""
-        if self.config.decay == "gated":
-            step = torch.empty_like(self.decay_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.decay_bias.copy_(step + torch.log(-torch.expm1(-step)))          # the inverse of softplus
-            self.log_A.uniform_(1, 16).log_()
+            step = torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)).exp()  # what softplus(bias) starts as
+            self.decay_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+            self.log_A = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
 
     def forward(self, x, state, ropes):
         config, (conv_state, S) = self.config, state or (None, None)
@@ -441,7 +409,7 @@ class Linear(nn.Module):
             return linear_attention_bidirectional
         if q.shape[2] == 1:
             return linear_attention_recurrent
-        if kernels.available(q, v, self.map if self.map.kernel else None):
+        if kernels.available(q, v, self.expand):
             return kernels.linear_attention_triton
         return functools.partial(linear_attention_chunked, chunk_size=self.config.chunk_size)
 
@@ -457,20 +425,23 @@ class Linear(nn.Module):
 
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
         """The feature map, the rotation, and one form with or without the sum normaliser."""
-        expand = self.map if self.map.kernel else None
-        if expand is None:
+        if self.expand is None:
             q, k = self.map.phi(q), self.map.phi(k)
         turned = (rotate(q, rope), rotate(k, rope))
-        divide_by = None if self.config.normaliser == "rms" else turned if expand else (q, k)
-        return form(*turned, v, log_decay, beta, S, expand=expand, divide_by=divide_by)
+        divide_by = None if self.config.normaliser == "rms" else turned if self.expand else (q, k)
+        return form(*turned, v, log_decay, beta, S, expand=self.expand, divide_by=divide_by)
 
 
 class Softmax(nn.Module):
-    """Softmax attention, the baseline: O(T^2) time, and a state (a cache of all keys and values) that grows with T."""
+    """Softmax attention: over all tokens the baseline, with O(T^2) time and a state, all keys and values, that grows.
 
-    def __init__(self, config):
+    With a window, over the last w tokens, exactly: O(T w) time, and a state of the last w - 1 keys and values. That is what
+    a ring buffer holds, but in order and never overwritten: one state can go on in several ways.
+    """
+
+    def __init__(self, config, window=None):
         super().__init__()
-        self.config = config
+        self.config, self.window = config, window
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
@@ -479,38 +450,22 @@ class Softmax(nn.Module):
         q, k = (rotate(part, ropes.get(q.shape[-1])) for part in (q, k))
         if state is not None:
             k, v = (torch.cat(parts, dim=2) for parts in zip(state, (k, v)))      # (B,H,past+T,d)
-        return self.out(unheads(self.attend(q, k, v))), self.state(k, v)
-
-    def state(self, k, v):
-        return k, v
+        y, tokens = self.attend(q, k, v), k.shape[2]
+        if self.window is not None:
+            k, v = (part[:, :, max(0, tokens - self.window + 1):].clone() for part in (k, v))
+        return self.out(unheads(y)), (k, v)
 
     def attend(self, q, k, v):
         """q (B,H,T,d) are the last T tokens of k and v (B,H,past+T,d)."""
         T, tokens = q.shape[2], k.shape[2]
-        if T == tokens:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal)
-        mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
-        # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
-        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.window is not None and tokens > self.window:
+            return self.attend_in_blocks(q, k, v, self.window, tokens - T)
+        mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if 1 < T < tokens else None
+        return kernels.softmax_attention(q, k, v, mask, is_causal=T == tokens and self.config.causal)
 
-
-class Window(Softmax):
-    """Softmax over the last w tokens, exact: O(T w) time, and a state of the last w - 1 keys and values.
-
-    The state is what a ring buffer holds, in order and never overwritten: one state can go on in several ways.
-    """
-
-    def state(self, k, v):
-        return tuple(part[:, :, max(0, part.shape[2] - self.config.window + 1):].clone() for part in (k, v))
-
-    def attend(self, q, k, v):
-        T, w, past = q.shape[2], self.config.window, k.shape[2] - q.shape[2]
-        if k.shape[2] <= w:                                                       # all in sight; so for every single step
-            return super().attend(q, k, v)
-        # Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked.
-        n = min(w, T)
+    def attend_in_blocks(self, q, k, v, w, past):
+        """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
+        T, n = q.shape[2], min(w, q.shape[2])
         k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))   # (B,H,N,w+n,d)
         q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                     # (B,H,N,n,d)
         key = torch.arange(w + n, device=q.device)
@@ -539,7 +494,7 @@ class Conv(nn.Module):
         return self.out(gate * F.silu(x)), state
 
 
-MIXERS = {"linear": Linear, "window": Window, "softmax": Softmax, "conv": Conv}
+MIXERS = {"linear": Linear, "window": lambda config: Softmax(config, config.window), "softmax": Softmax, "conv": Conv}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -602,21 +557,13 @@ class LM(nn.Module, Shared):
         pattern = config.mixers * config.depth
         self.blocks = nn.ModuleList(Block(config, pattern[i]) for i in range(config.depth))
         self.norm = make_norm(config)
-        self.softmax_loss = kernels.softmax_loss                                          # train.py may put a compiled one here
+        self.softmax_loss = kernels.softmax_loss                                  # train.py may put a compiled one here
         self.unembed = nn.Linear(config.dim, rows, bias=False)
         if config.tied:
             self.unembed.weight = self.embed.weight
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Normal weights of 0.02; output projections smaller, since 2 depth of them add up (GPT-2)."""
-        for name, module in self.named_modules():
+        for name, module in self.named_modules():                                 # as GPT-2: 2 depth outputs add up
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                is_out = name.endswith(".out")
-                module.weight.normal_(std=0.02 / (2 * self.config.depth) ** 0.5 if is_out else 0.02)
-            elif isinstance(module, Linear):
-                module.init_weights()
+                nn.init.normal_(module.weight, std=0.02 / (2 * config.depth) ** 0.5 if name.endswith(".out") else 0.02)
 
     def forward(self, idx, targets=None, state=None):
         """Reads the tokens idx (B,T) after those that made state (None: a new text).
@@ -671,19 +618,13 @@ class LM(nn.Module, Shared):
         def read(idx, state):
             x, state = self.hidden(idx, state)
             return self.logits(x[:, -1]), state
-
-        def shapes(state):
-            return [x.shape for x in tree_leaves(state) if torch.is_tensor(x)]
-        step, unread = read, idx
+        step = kernels.recorded(read) if idx.is_cuda and self.config.pos != "learned" else read
         for _ in range(max_new_tokens):
-            before = shapes(state)
-            for part in unread.split(piece, dim=1):
+            for part in idx.split(piece, dim=1):
                 logits, state = step(part, state)
             token = choose(logits, temperature, top_k, top_p, generator)
             yield token, state
-            if step is read and idx.is_cuda and self.config.pos != "learned" and shapes(state) == before:
-                step = kernels.cuda_graph(read, token[:, None], state)
-            unread = token[:, None]
+            idx = token[:, None]
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

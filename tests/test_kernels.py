@@ -182,6 +182,22 @@ def test_torch_compile_takes_it_whole(normaliser, rule):
         assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
+def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
+    monkeypatch.setattr(kernels, "cuda_graph", lambda step, idx, state: lambda idx, _: ("recorded", state))
+    one, four = torch.zeros(2, 1), torch.zeros(2, 4)
+    fixed = kernels.recorded(lambda idx, state: ("read", [None, torch.zeros(3), 5]))
+    state, seen = None, []
+    for idx in (four, four, one, one, one):
+        said, state = fixed(idx, state)
+        seen.append(said)
+    assert seen == ["read", "read", "read", "recorded", "recorded"]
+    grows = kernels.recorded(lambda idx, state: ("read", [torch.zeros(len(state[0]) + 1)]))
+    state = [torch.zeros(1)]
+    for _ in range(4):
+        said, state = grows(one, state)
+        assert said == "read"
+
+
 def test_shapes_that_do_not_fit_are_rejected():
     q = torch.randn(1, 2, 5, 4)
     for wrong in (dict(k=q[..., :3]), dict(v=q[:, :, :4]), dict(log_decay=q[..., 0, :]), dict(beta=q[..., 0, :]),
