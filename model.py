@@ -52,8 +52,11 @@ class FeatureMap(NamedTuple):
 
 
 def elu(x):
-    """ELU(x) + 1 [1, Eq. 7]."""
-    return F.elu(x) + 1
+    """ELU(x) + 1, that is x + 1, and exp(x) below 0 [1, Eq. 7]. Trap: in bf16 ELU(-6) is -1, and adding 1 leaves 0."""
+    if x.dtype.itemsize > 2:
+        return F.elu(x) + 1
+    positive = F.relu(x)
+    return positive + (x - positive).exp()
 
 
 def silu_l2(x):

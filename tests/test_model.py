@@ -223,6 +223,18 @@ def test_feature_maps_are_their_formulas_and_as_positive_and_as_long_as_they_say
         assert not phi.unit or (q.norm(dim=-1) - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_elu_plus_one_keeps_its_small_values_in_16_bits(dtype):
+    """[1, Eq. 7]: exp(x) below 0. In bf16 ELU(-6) is -1."""
+    x = torch.linspace(-9, 9, 500).to(dtype)
+    y = FEATURE_MAPS["elu"].phi(x)
+    wanted = torch.where(x > 0, x.double() + 1, x.double().exp())
+    assert y.dtype == dtype and (y.double() / wanted - 1).abs().max() < 0.01
+    x = torch.tensor([-90.0, -1.0, 0.0, 2.0, 90.0], dtype=dtype, requires_grad=True)
+    slope, = torch.autograd.grad(FEATURE_MAPS["elu"].phi(x).sum(), x)
+    close(slope.double(), x.clamp(max=0).double().exp(), 0.01)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole model
 
