@@ -309,8 +309,8 @@ def torchrun(data, tmp_path):
     """torchrun(*flags) starts train.py in two processes in tmp_path: the Popen of torchrun."""
     started = []
 
-    def torchrun(*flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM]
+    def torchrun(*flags, program=PROGRAM):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
         started.append(subprocess.Popen(
             [*command, *MODEL, *RUN, "--batch_size=8", "--grad_accum=4", "--dropout=0.1", f"--data_dir={data}", *flags], cwd=tmp_path,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
@@ -411,6 +411,28 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
     assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
     mine, theirs = (train.load_checkpoint(tmp_path / name / "out/ckpt.pt")["model"] for name in ("run", "undisturbed"))
     assert same(mine, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux can hold threads back")
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_thread_of_gloo_that_is_late_does_not_abort_its_process_at_the_end(torchrun, tmp_path, code):
+    (tmp_path / "train.py").write_text(f"""if True:
+        import os, runpy, sys, torch, torch.distributed as dist
+        sys.path.insert(0, {str(PROGRAM.parent)!r})
+        import configurator
+        def reduce_and_end(*args, **options):                                     # first in main, in its group
+            os.sched_setaffinity(0, {{int(os.environ["RANK"]) % os.cpu_count()}})
+            for i in range(20):
+                dist.all_reduce(torch.ones(1))
+                for thread in {{*map(int, os.listdir("/proc/self/task"))}} - {{os.getpid()}} if i == 0 else ():
+                    os.sched_setaffinity(thread, os.sched_getaffinity(0))
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+            raise SystemExit({code})
+        configurator.configure = reduce_and_end
+        runpy.run_path({str(PROGRAM)!r}, run_name="__main__")""")
+    err = torchrun(program="train.py").communicate(timeout=60)[1]
+    assert "terminate called" not in err and ("exitcode  : 143 " if code else "") in err, err
 
 
 @pytest.mark.slow
