@@ -133,6 +133,7 @@ def processes():
         yield
         return
     store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=RANK, world_size=WORLD)
     try:
         yield

@@ -309,8 +309,9 @@ def torchrun(data, tmp_path):
     """torchrun(*flags) starts train.py in two processes in tmp_path: the Popen of torchrun."""
     started = []
 
-    def torchrun(*flags, program=PROGRAM):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    def torchrun(*flags, program=PROGRAM, restarts=False):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   f"--max-restarts={int(restarts)}", program]
         started.append(subprocess.Popen(
             [*command, *MODEL, *RUN, "--batch_size=8", "--grad_accum=4", "--dropout=0.1", f"--data_dir={data}", *flags], cwd=tmp_path,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True))
@@ -391,19 +392,24 @@ def test_shards_of_one_process_are_refused(refusal, flags):
 def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_same(torchrun, tmp_path):
     finish(torchrun("--out_dir=undisturbed/out", "--max_steps=300"))
     process = torchrun("--out_dir=run/out", "--max_steps=300")
-    for rank, number in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
+
+    def kill_after_a_save(rank, number):
         wait_for(tmp_path / "run/out/ckpt.pt", process)
         before = (tmp_path / "run/out/ckpt.pt").stat().st_mtime_ns
         while (tmp_path / "run/out/ckpt.pt").stat().st_mtime_ns == before:
             assert process.poll() is None, process.stderr.read()
         os.kill(workers(process)[rank], number)
+    for rank, number in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
+        kill_after_a_save(rank, number)
         err = process.communicate(timeout=60)[1]
         words = "train.py: another process of this run has died" if number == signal.SIGKILL else "stopped at step"
         assert process.returncode == 1 and err.count(words) == 1 and "Error: [" not in err, err
         step = train.load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
         assert step < 300 and not (tmp_path / "run/out/loss.png").exists()
-        process = torchrun("--out_dir=run/out", "--max_steps=300")
-    assert f"continuing at step {step}" in finish(process)
+        process = torchrun("--out_dir=run/out", "--max_steps=300", restarts=number == signal.SIGTERM)
+    kill_after_a_save(1, signal.SIGKILL)                                          # and torchrun starts it again
+    err = finish(process)
+    assert f"continuing at step {step}" in err and err.count("continuing at") == 2
     mine, theirs = contents(tmp_path / "run"), contents(tmp_path / "undisturbed")
     for folder in (mine, theirs):
         folder.pop("loss.png")                                                    # it names the folder
