@@ -1,5 +1,5 @@
-"""What model.py says plainly, faster or in less memory: the same numbers. The chunked form on a GPU, in Triton; the loss
-without all of its logits; decoding as one CUDA graph. A CPU needs the second alone, and nothing here a GPU or Triton.
+"""What model.py says plainly, faster or in less memory: the same numbers. The chunked form on a GPU, in Triton; softmax
+attention; the loss without all of its logits; decoding as one CUDA graph. Nothing here needs a GPU or Triton to import.
 
 Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
 again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
@@ -23,6 +23,8 @@ and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y 
 where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope turns
 the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
 """
+import contextlib
+import functools
 import math
 import types
 
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -493,6 +496,19 @@ class _Eager(torch.autograd.Function):
 # The operation, as model.py calls it
 
 
+def check_shapes(q, k, v, log_decay, beta, state, K, divide_by):
+    """The state's shape (B,H,K,V), V+1 with divide_by. ValueError that names the argument which does not fit q."""
+    (*steps, d), V = q.shape, v.shape[-1]                                         # steps (B,H,T)
+    wanted = (*steps[:2], K, V + (divide_by is not None))
+    for name, x, shape in (("k", k, (*steps, d)), ("v", v, (*steps, V)), ("log_decay", log_decay, (*steps,)),
+                           ("beta", beta, (*steps,)), ("state", state, wanted)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+    if beta is not None and divide_by is not None:
+        raise ValueError("divide_by needs a sum of weights, and with beta there is none")
+    return wanted
+
+
 def available(q, v, expand=None):
     """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, and widths where they are fast."""
     K = q.shape[-1] if expand is None else expand.phi(torch.empty(1, q.shape[-1], device="meta")).shape[-1]
@@ -514,27 +530,63 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     if expand is not None:
         divide_by = None if divide_by is None else tuple(map(expand.phi, divide_by))
         q, k = expand.phi(q), expand.phi(k)
-    B, H, T, K = q.shape
-    V = v.shape[-1]
-    shape = (B, H, K, V + (divide_by is not None))
-    for name, x, wanted in (("k", k, (B, H, T, K)), ("v", v, (B, H, T, V)), ("log_decay", log_decay, (B, H, T)),
-                            ("beta", beta, (B, H, T)), ("state", state, shape)):
-        if x is not None and x.shape != wanted:
-            raise ValueError(f"{name} must have shape {wanted} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
-    if beta is not None and divide_by is not None:
-        raise ValueError("divide_by needs a sum of weights, and with beta there is none")
+    B, H, K, columns = check_shapes(q, k, v, log_decay, beta, state, q.shape[-1], divide_by)
     pad = -K % 16                                                                 # aligned rows load 16 bytes at once
     if pad:
         q, k, *divide_by = (F.pad(x, (0, pad)) for x in (q, k, *(divide_by or ())))
     g, b = (x if x is None else x.float().contiguous() for x in (log_decay, beta))
     if state is None:
-        state = q.new_zeros(B, H, K + pad, shape[-1], dtype=torch.float32)
+        state = q.new_zeros(B, H, K + pad, columns, dtype=torch.float32)
     else:
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
     qz, kz = divide_by if divide_by and not own else (None, None)
     y, state, *_ = run(q, k, v, g, b, qz, kz, state, norm, chunk_size)
     return y, state[:, :, :K]
+
+
+def remade(attend):
+    """attend(mixer, form, *tensors), its results on the way remade for backward: cheap, and less to store.
+
+    The kernels do so themselves, and so does a compiler.
+    """
+    @functools.wraps(attend)
+    def run(mixer, form, *tensors):
+        if form is linear_attention_triton or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return attend(mixer, form, *tensors)
+        return checkpoint(attend, mixer, form, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax attention, with or without a window
+
+
+def softmax_attention(q, k, v, causal=True, window=None):
+    """Softmax attention of q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d), over all tokens or the last `window`."""
+    T, tokens = q.shape[2], k.shape[2]
+    if window is not None and tokens > window:
+        return _window_attention(q, k, v, window, tokens - T)
+    if T == tokens:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
+    # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _window_attention(q, k, v, w, past):
+    """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
+    T, n = q.shape[2], min(w, q.shape[2])
+    k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))     # (B,H,N,w+n,d)
+    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                         # (B,H,N,n,d)
+    key = torch.arange(w + n, device=q.device)
+    age = torch.arange(n, device=q.device)[:, None] + w - key                     # (n,w+n), 0 is the token itself
+    first = torch.arange(0, T, n, device=q.device)[:, None, None]                 # (N,1,1)
+    mask = (0 <= age) & (age < w) & (first + key >= w - past)                     # (N,n,w+n)
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
+    return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -594,14 +646,6 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_lo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
-
-
-def softmax_attention(q, k, v, mask, is_causal):
-    """F.scaled_dot_product_attention, without cuDNN where keys outgrow queries: it would plan each new length for 60 ms."""
-    if not q.is_cuda or q.shape[2] == k.shape[2]:                                 # on a CPU choosing itself takes time
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
 
 
 def recorded(step):

@@ -30,7 +30,6 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 
@@ -186,17 +185,11 @@ def _form(form):
     """
     @functools.wraps(form)
     def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
-        (B, H, T, d), V, expand = q.shape, v.shape[-1], expand or FEATURE_MAPS["identity"]
-        state_shape = (B, H, expand.phi(q[0, 0, :1]).shape[-1], V + (divide_by is not None))
-        wanted = dict(k=(k, (B, H, T, d)), v=(v, (B, H, T, V)), log_decay=(log_decay, (B, H, T)),
-                      beta=(beta, (B, H, T)), state=(state, state_shape))
-        for name, (x, shape) in wanted.items():
-            if x is not None and x.shape != shape:
-                raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
-        require(beta is None or divide_by is None, "divide_by needs a sum of weights, and with beta there is none")
+        expand, V = expand or FEATURE_MAPS["identity"], v.shape[-1]
+        shape = kernels.check_shapes(q, k, v, log_decay, beta, state, expand.phi(q[0, 0, :1]).shape[-1], divide_by)
         # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
         wide = torch.promote_types(q.dtype, torch.float32)
-        state = q.new_zeros(state_shape, dtype=wide) if state is None else state
+        state = q.new_zeros(shape, dtype=wide) if state is None else state
 
         def run(q, k, v, state):
             arguments = (x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state))
@@ -217,6 +210,12 @@ def _form(form):
     return checked
 
 
+def _scores(q, k, D, expand):
+    """(q k^T) D: phi(q_i).phi(k_j) as far as i sees j, for i >= j; D is None without decay."""
+    scores = q @ k.mT if expand.kernel is None else expand.kernel(q @ k.mT, q.shape[-1])
+    return scores.tril() if D is None else scores * D
+
+
 def _chunk(q, k, v, log_decay, beta, expand):
     """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W to the next.
 
@@ -225,7 +224,7 @@ def _chunk(q, k, v, log_decay, beta, expand):
     Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
     """
     phi_q, phi_k = expand.phi(q), expand.phi(k)
-    reads, seen, keeps, A = phi_q, phi_k, phi_k, v.new_ones(*v.shape[:-2], 1, 1)
+    reads, seen, keeps, A, D = phi_q, phi_k, phi_k, v.new_ones(*v.shape[:-2], 1, 1), None
     if log_decay is not None:
         G = log_decay.cumsum(-1)                                                  # (...,C)
         future = torch.ones(2 * G.shape[-1:], dtype=torch.bool, device=G.device).triu(1)
@@ -235,13 +234,10 @@ def _chunk(q, k, v, log_decay, beta, expand):
         since_start, until_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
         reads, seen, keeps, A = phi_q * since_start, phi_k * since_start, phi_k * until_end, G[..., -1, None, None].exp()
 
-    def scores(q, k):
-        pairs = q @ k.mT if expand.kernel is None else expand.kernel(q @ k.mT, q.shape[-1])
-        return pairs.tril() if log_decay is None else pairs * D
-    P = scores(q, k)
+    P = _scores(q, k, D, expand)
     if beta is None:
         return P @ v, reads, A, keeps.mT @ v
-    earlier, writes = beta[..., None] * scores(k, k), beta[..., None] * torch.cat([v, seen], dim=-1)
+    earlier, writes = beta[..., None] * _scores(k, k, D, expand), beta[..., None] * torch.cat([v, seen], dim=-1)
     writes = torch.linalg.solve_triangular(earlier.tril(-1), writes, upper=False, unitriangular=True)
     u, w = writes.split([v.shape[-1], seen.shape[-1]], dim=-1)
     return P @ u, reads - P @ w, A * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - keeps.mT @ w, keeps.mT @ u
@@ -330,12 +326,9 @@ def rotate(x, table):
 # start of a text; and the rope table of each head width. It returns its output (B,T,dim) and its new state.
 
 
-def heads(x, n_heads):
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)                         # (B,T,H*d) -> (B,H,T,d)
-
-
-def unheads(x):
-    return x.transpose(1, 2).flatten(2)                                           # (B,H,T,d) -> (B,T,H*d)
+def by_heads(x, n_heads, widths):
+    """x (B,T,sum of widths) -> one (B,H,T,width / H) for each width."""
+    return (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in x.split(widths, dim=-1))
 
 
 class CausalConv(nn.Module):
@@ -390,18 +383,14 @@ class Linear(nn.Module):
         qkv = self.qkv(x)
         if config.short_conv:
             qkv, conv_state = self.conv(qkv, conv_state)
-        q, k, v = (heads(part, config.n_heads) for part in qkv.split(self.widths, dim=-1))
+        q, k, v = by_heads(qkv, config.n_heads, self.widths)
         if config.short_conv:
             v = F.silu(v)                                                         # as [5, 6]; q and k get their map
         beta = self.beta(x).sigmoid().transpose(1, 2) if config.delta else None   # (B,H,T)
-        form, attend = self.form(q, v), self.attend
-        if torch.is_grad_enabled() and not (form is kernels.linear_attention_triton or torch.compiler.is_compiling()):
-            # What a form stores for backward is cheap to remake.
-            attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        y, S = attend(form, q, k, v, self.log_decay(x), beta, S, ropes.get(q.shape[-1]))
+        y, S = self.attend(self.form(q, v), q, k, v, self.log_decay(x), beta, S, ropes.get(q.shape[-1]))
         if config.normaliser == "rms":
             y = self.norm(y.to(self.norm.weight.dtype))
-        y = unheads(y)
+        y = y.transpose(1, 2).flatten(2)                                          # (B,T,H V)
         if config.output_gate:
             y = y * F.silu(self.gate(x))
         return self.out(y), (conv_state, S)
@@ -426,6 +415,7 @@ class Linear(nn.Module):
             step = F.softplus(self.decay(x).to(wide) + self.decay_bias)
             return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
 
+    @kernels.remade
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
         """The feature map, the rotation, and one form with or without the sum normaliser."""
         if self.expand is None:
@@ -449,34 +439,14 @@ class Softmax(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, state, ropes):
-        q, k, v = (heads(part, self.config.n_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = by_heads(self.qkv(x), self.config.n_heads, [self.config.dim] * 3)
         q, k = (rotate(part, ropes.get(q.shape[-1])) for part in (q, k))
         if state is not None:
             k, v = (torch.cat(parts, dim=2) for parts in zip(state, (k, v)))      # (B,H,past+T,d)
-        y, tokens = self.attend(q, k, v), k.shape[2]
+        y, tokens = kernels.softmax_attention(q, k, v, self.config.causal, self.window), k.shape[2]
         if self.window is not None:
             k, v = (part[:, :, max(0, tokens - self.window + 1):].clone() for part in (k, v))
-        return self.out(unheads(y)), (k, v)
-
-    def attend(self, q, k, v):
-        """q (B,H,T,d) are the last T tokens of k and v (B,H,past+T,d)."""
-        T, tokens = q.shape[2], k.shape[2]
-        if self.window is not None and tokens > self.window:
-            return self.attend_in_blocks(q, k, v, self.window, tokens - T)
-        mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if 1 < T < tokens else None
-        return kernels.softmax_attention(q, k, v, mask, is_causal=T == tokens and self.config.causal)
-
-    def attend_in_blocks(self, q, k, v, w, past):
-        """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
-        T, n = q.shape[2], min(w, q.shape[2])
-        k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))   # (B,H,N,w+n,d)
-        q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                     # (B,H,N,n,d)
-        key = torch.arange(w + n, device=q.device)
-        age = torch.arange(n, device=q.device)[:, None] + w - key                 # (n,w+n), 0 is the token itself
-        first = torch.arange(0, T, n, device=q.device)[:, None, None]             # (N,1,1)
-        mask = (0 <= age) & (age < w) & (first + key >= w - past)                 # (N,n,w+n)
-        y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-        return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
+        return self.out(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 class Conv(nn.Module):
