@@ -118,9 +118,9 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.mixers, str):
             self.mixers = self.mixers.replace(",", " ").split()
-        choices = {name: get_args(kind) for name, kind in get_type_hints(type(self)).items() if get_origin(kind) is Literal}
-        for name, legal in {**choices, "feature_map": tuple(FEATURE_MAPS)}.items():
-            require(getattr(self, name) in legal, f"{name} must be one of {', '.join(legal)}, got {getattr(self, name)!r}")
+        kinds = get_type_hints(type(self)) | {"feature_map": Literal[tuple(FEATURE_MAPS)]}
+        for name, legal in [(name, get_args(kind)) for name, kind in kinds.items() if get_origin(kind) is Literal]:
+            require(getattr(self, name) in legal, f"{name} must be {' or '.join(legal)}, got {getattr(self, name)!r}")
         at_least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
         for name, least in (at_least | dict(mlp_ratio=0, dropout=0, feature_dim=0)).items():
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -137,13 +137,13 @@ class ModelConfig:
             (self.dropout >= 1, f"dropout must be below 1, got {self.dropout}"),
             (self.dim % self.n_heads, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}"),
             (self.head_dim("v") < 1, f"expand_v={self.expand_v} leaves v no width"),
-            (rope and odd, f"pos=rope turns pairs of features, so heads must be an even number wide, not {odd[:1]}"),
+            (rope and odd, f"pos=rope turns pairs of features, so heads must be an even number wide, not {odd}"),
             (summed and not phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
              "negative: take normaliser=rms, or feature_map elu, relu or taylor"),
-            (summed and rope and phi.can_vanish, f"feature_map={name} can make all weights zero, and pos=rope then leaves a "
-             "numerator to divide by them: take pos=none, or feature_map=elu"),
+            (summed and rope and phi.can_vanish, f"feature_map={name} can make all weights zero, and pos=rope then "
+             "leaves a numerator to divide by them: take pos=none, or feature_map=elu"),
             (summed and delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms"),
-            (delta and not phi.unit, f"delta=True diverges without keys of unit length: take feature_map=silu_l2, not {name}"),
+            (delta and not phi.unit, f"delta=True diverges unless keys have length 1: take feature_map=silu_l2"),
             (ordered and not self.causal, "causal=False has no order in time: it needs plain linear or softmax mixers"),
         ):
             require(not illegal, reason)
@@ -181,7 +181,7 @@ def _form(form):
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), in fp32 or wider. Passing it on splits
       a sequence over calls without changing anything.
     Raises: ValueError when shapes do not fit, and for beta with divide_by: the delta rule makes no sum of weights.
-    Trap: running sums of log decays of -1e4 leave fp32 three digits for what comes after; the recurrence has no such sum.
+    Trap: running sums of log decays of -1e4 leave fp32 three digits for what follows; the recurrence has no such sum.
     """
     @functools.wraps(form)
     def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
@@ -220,7 +220,7 @@ def _chunk(q, k, v, log_decay, beta, expand):
     """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W to the next.
 
     Plain: Y = P v, Q = q, A = 1, W = k^T v, with P = (q k^T) D, and q, k, A decayed since the start or until the end.
-    Delta rule: what is written is not v but u - w S, with (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 11].
+    Delta rule: what is written is not v but u - w S; (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 11].
     Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
     """
     phi_q, phi_k = expand.phi(q), expand.phi(k)
@@ -228,11 +228,11 @@ def _chunk(q, k, v, log_decay, beta, expand):
     if log_decay is not None:
         G = log_decay.cumsum(-1)                                                  # (...,C)
         future = torch.ones(2 * G.shape[-1:], dtype=torch.bool, device=G.device).triu(1)
-        # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. For the same reason never
-        # split it into exp(G_i) exp(-G_j).
+        # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. Never split it into
+        # exp(G_i) exp(-G_j), for the same reason.
         D = (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
-        since_start, until_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
-        reads, seen, keeps, A = phi_q * since_start, phi_k * since_start, phi_k * until_end, G[..., -1, None, None].exp()
+        since_start, until_end, A = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None], G[..., -1, None, None].exp()
+        reads, seen, keeps = phi_q * since_start, phi_k * since_start, phi_k * until_end
 
     P = _scores(q, k, D, expand)
     if beta is None:
@@ -272,14 +272,14 @@ def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None, *
 
 @_form
 def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, chunk_size=64):
-    """Quadratic inside chunks of C tokens, recurrent from chunk to chunk: O(T C) work in matrix products [5, Eq. 8, 9]."""
+    """Quadratic inside chunks of C tokens, recurrent between them: O(T C) work in matrix products [5, Eq. 8, 9]."""
     T, C = q.shape[2], min(chunk_size, q.shape[2])
 
-    def chunks(x):                                                                # zeros fill the last: they write nothing
+    def chunks(x):                                                                # zeros fill up the last one
         return None if x is None else F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))
     Y, Q, A, W = _chunk(*map(chunks, (q, k, v, log_decay, beta)), expand)         # (B,H,N,...)
     starts = []                                                                   # N of (B,H,K,V)
-    for move, write in zip(A.unbind(2), W.unbind(2)):                             # A[:, :, n] has a gradient as large as A
+    for move, write in zip(A.unbind(2), W.unbind(2)):                             # A[:, :, n] has a full gradient
         starts.append(state)
         state = _carry(move, state) + write
     y = Y + Q @ torch.stack(starts, dim=2)                                        # (B,H,N,C,V)
@@ -340,9 +340,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x, state):                                                  # (B,T,channels)
         T, past = x.shape[1], len(self.weight) - 1
-        if state is None:
-            state = x.new_zeros(x.shape[0], past, x.shape[2])
-        x = torch.cat([state, x], dim=1)
+        x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
         y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
         return y.to(x.dtype), x[:, T:].clone()                                    # a view would keep all of x alive
 
@@ -428,8 +426,8 @@ class Linear(nn.Module):
 class Softmax(nn.Module):
     """Softmax attention: over all tokens the baseline, with O(T^2) time and a state, all keys and values, that grows.
 
-    With a window, over the last w tokens, exactly: O(T w) time, and a state of the last w - 1 keys and values. That is what
-    a ring buffer holds, but in order and never overwritten: one state can go on in several ways.
+    With a window, over the last w tokens, exactly: O(T w) time, and a state of the last w - 1 keys and values. A ring
+    buffer holds the same, but this is in order and never overwritten: one state can go on in several ways.
     """
 
     def __init__(self, config, window=None):
@@ -542,7 +540,7 @@ class LM(nn.Module, Shared):
         """Reads the tokens idx (B,T) after those that made state (None: a new text).
 
         Training, evaluation, prefill and single steps are this one call: any split of a text gives the same result.
-        Returns: (logits (B,T,vocab_size), state), or with targets (B,T) (mean cross-entropy in nats over targets >= 0, state).
+        Returns: (logits (B,T,vocab_size), state), or with targets (B,T) (mean cross-entropy in nats where >= 0, state).
         Raises: ValueError past seq_len with learned positions.
         """
         x, state = self.hidden(idx, state)
@@ -556,21 +554,19 @@ class LM(nn.Module, Shared):
         config, T = self.config, idx.shape[1]
         require(state is None or config.causal, "causal=False reads a text whole: there is no state to go on from")
         require(T > 0, "there must be at least one token to read")
-        if state is None:
-            state = {"tokens": torch.zeros((), dtype=torch.long, device=idx.device), "layers": [None] * config.depth}
+        state = state or {"tokens": torch.zeros_like(idx[0, 0]), "layers": [None] * config.depth}
         past = state["tokens"]
         positions = past + torch.arange(T, device=idx.device)
         x = self.embed(idx)
         if config.pos == "learned":
-            require(int(past) + T <= config.seq_len, f"learned positions end at seq_len={config.seq_len}, and this text "
-                    f"has {int(past) + T} tokens: shorten it, or train with pos=rope or none")
+            require(int(past) + T <= config.seq_len, f"learned positions end at seq_len={config.seq_len}, and this "
+                    f"text has {int(past) + T} tokens: shorten it, or train with pos=rope or none")
             x = x + self.embed_pos(positions)
         if config.pos == "sinusoidal":
             x = x + torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim].to(x.dtype)
         x = F.dropout(x, config.dropout, self.training)
-        ropes = {}
-        if config.pos == "rope":
-            ropes = {width: rope_table(positions, width) for width in {config.head_dim("k"), config.head_dim()}}
+        turned = {config.head_dim("k"), config.head_dim()} if config.pos == "rope" else ()
+        ropes = {width: rope_table(positions, width) for width in turned}
         layers = []
         for block, layer in zip(self.blocks, state["layers"]):
             x, layer = block(x, layer, ropes)
@@ -581,7 +577,8 @@ class LM(nn.Module, Shared):
         return self.unembed(x)[..., :self.config.vocab_size]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None,
+                 piece=4096):
         """Yields one token for each text of idx (B,T), max_new_tokens times, in memory that does not grow with either.
 
         The prompt is read in pieces through the chunked form, then every token through the recurrent one, on a GPU as a
