@@ -26,13 +26,16 @@ Their window of 64 sees 65 tokens, itself included, and so does ours here.
   [1] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
 """
 import dataclasses
+import itertools
 import json
 import math
+import multiprocessing
 import os
-import queue
 import statistics
 import sys
 import time
+import traceback
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,10 +43,12 @@ from typing import Literal, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
 
 import torch
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+import sample
+from bench import race, table
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
 from train import autocast, pick_device, pick_precision, replacing, say
@@ -320,7 +325,7 @@ class Trainer:
         self.model.train()
         return [round(x, 5) for x in torch.stack(right).tolist()]
 
-    def run(self, lr, seed, train_data, test_data, epochs, deadline, rival=None, tell=lambda *_: None):
+    def run(self, lr, seed, train_data, test_data, epochs, deadline, rival=None, tell=lambda epoch: None):
         """Trains from new weights; the record of the run, or None where the time ran out.
 
         Cosine per epoch, to zero after the last one. rival: the history of a finished run to keep up with.
@@ -342,7 +347,7 @@ class Trainer:
             loss, mean = self.total.item() / max(1, steps), statistics.mean(accuracy)
             self.total.zero_()
             record["history"].append({"epoch": epoch + 1, "loss": loss, "mean": mean, "accuracy": accuracy})
-            tell(epoch + 1, mean)
+            tell(epoch + 1)
             if not math.isfinite(loss):
                 record["end"] = "diverged"
             elif mean > SOLVED:
@@ -359,23 +364,11 @@ class Trainer:
 # What a configuration costs
 
 
-def state_tensors(state):
-    """The tensors that must be kept to go on: all but the count of tokens."""
-    pending, found = list(state["layers"]), []
-    while pending:
-        item = pending.pop()
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif item is not None:
-            pending.extend(item)
-    return found
-
-
 @torch.no_grad()
 def state_bytes(config):
     """Bytes of the state of one sequence in fp32, after as many tokens as the longest test has."""
     _, state = LM(config).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
-    return sum(x.numel() * x.element_size() for x in state_tensors(state))
+    return sample.state_bytes(state["layers"])
 
 
 @torch.no_grad()
@@ -389,21 +382,21 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
     tokens = torch.randint(config.vocab_size, (batch, after), device=device)
     with autocast(device, precision):
         states = [model.hidden(piece)[1] for piece in tokens.split(64)]
-
-    def joined(items):
-        if isinstance(items[0], torch.Tensor):
-            return torch.cat(items)
-        return None if items[0] is None else type(items[0])(joined(list(column)) for column in zip(*items))
-    state = {"tokens": states[0]["tokens"], "layers": joined([s["layers"] for s in states])}
+    layers = tree_map(lambda *z: torch.cat(z) if torch.is_tensor(z[0]) else z[0], *(state["layers"] for state in states))
+    state = {"tokens": states[0]["tokens"], "layers": layers}
     del states
 
     def step():
         with autocast(device, precision):
             model(tokens[:, -1:], state=state)
     step()
-    if device.type != "cuda":
-        return median_rate(step, batch, steps, repeats, lambda: None)
-    replay = step
+    replay = captured(step) if device.type == "cuda" else step
+    times, = race([lambda: [replay() for _ in range(steps)]], device, repeats)
+    return steps * batch / statistics.median(times)
+
+
+def captured(step):
+    """A call that does what step does, as one CUDA graph, or step itself where that is refused."""
     try:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -413,23 +406,10 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        replay = graph.replay
+        return graph.replay
     except RuntimeError as error:
         say(f"decoding is measured with its launches, which hide differences: {str(error).splitlines()[0]}")
-    replay()
-    return median_rate(replay, batch, steps, repeats, torch.cuda.synchronize)
-
-
-def median_rate(step, batch, steps, repeats, finish):
-    times = []
-    for _ in range(repeats):
-        finish()
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        finish()
-        times.append(time.perf_counter() - start)
-    return steps * batch / statistics.median(times)
+        return step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,43 +449,39 @@ def needless(runs, name, lr, seed):
         run["end"] == "solved" for key, run in runs.items() if key[0] == name and key[2] == seed)
 
 
-def work(names, setting, folder, device, precision, use_graphs, threads, deadline, events):
+def start_worker(cells):
+    global epochs_done                                                            # shared memory: a number for each worker
+    epochs_done = cells
+
+
+def work(number, names, setting, folder, device, precision, use_graphs, threads, deadline):
     """One worker process: the runs of some configurations, first all of them at the first learning rate."""
-    try:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
-        device = torch.device(device)
-        train_data = make_data(setting.train, setting.vocab_size, 123, device)
-        test_data = make_data(setting.test, setting.vocab_size, 456, device)
-        runs, trainers = read_runs(folder, setting, names), {}
-        for seed in range(setting.seeds):
-            for lr in setting.lrs:
-                for name in names:
-                    if time.time() > deadline:
-                        return events.put(("end",))
-                    if needless(runs, name, lr, seed):
-                        events.put(("done", name, lr, seed, 0, None))
-                        continue
-                    if name not in trainers:
-                        trainers[name] = usable(name, setting, device, precision, use_graphs, train_data)
-                    others = [run["history"] for key, run in runs.items() if key[0] == name and key[2] == seed]
-                    record = trainers[name].run(
-                        lr, seed, train_data, test_data, setting.epochs, deadline,
-                        max(others, key=lambda history: history[-1]["mean"], default=None),
-                        lambda epoch, mean: events.put(("epoch", name, lr, seed, epoch, mean)))
-                    if record is None:
-                        continue
-                    record |= {"name": name, "precision": precision, "graphs": trainers[name].use_graphs,
-                               "setting": fingerprint(setting, name), "machine": machine(device)}
-                    write_json(run_file(folder, name, lr, seed), record)
-                    runs[name, lr, seed] = record
-                    events.put(("done", name, lr, seed, record["epoch"], record["mean"]))
-        events.put(("end",))
-    except KeyboardInterrupt:
-        events.put(("end",))
-    except Exception as error:  # tell the parent, which outlives us
-        events.put(("failed", f"{type(error).__name__}: {error}"))
-        raise
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
+    device = torch.device(device)
+    train_data = make_data(setting.train, setting.vocab_size, 123, device)
+    test_data = make_data(setting.test, setting.vocab_size, 456, device)
+    runs, trainers = read_runs(folder, setting, names), {}
+    for seed, lr, name in itertools.product(range(setting.seeds), setting.lrs, names):
+        before = epochs_done[number]
+
+        def tell(epoch):
+            epochs_done[number] = before + epoch
+        if not needless(runs, name, lr, seed):
+            if time.time() > deadline:
+                return
+            if name not in trainers:
+                trainers[name] = usable(name, setting, device, precision, use_graphs, train_data)
+            others = [run["history"] for key, run in runs.items() if key[0] == name and key[2] == seed]
+            rival = max(others, key=lambda history: history[-1]["mean"], default=None)
+            record = trainers[name].run(lr, seed, train_data, test_data, setting.epochs, deadline, rival, tell)
+            if record is None:
+                return
+            record |= {"name": name, "precision": precision, "graphs": trainers[name].use_graphs,
+                       "setting": fingerprint(setting, name), "machine": machine(device)}
+            write_json(run_file(folder, name, lr, seed), record)
+            runs[name, lr, seed] = record
+        tell(setting.epochs)
 
 
 def usable(name, setting, device, precision, fast, data):
@@ -535,39 +511,28 @@ def run_all(names, setting, folder, device, precision, args, deadline):
     """Starts the workers and shows how far they are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(args.workers or min(6, cores), len(names))
-    context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    threads = max(1, torch.get_num_threads() // workers)
-    processes = [context.Process(target=work, daemon=True, args=(
-        names[i::workers], setting, folder, str(device), precision, args.compile, threads, deadline, events))
-        for i in range(workers)]
-    for process in processes:
-        process.start()
-    total, at, failures = len(names) * len(setting.lrs) * setting.seeds * setting.epochs, {}, []
-    with tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar:
-        living = workers
-        while living:
-            try:
-                kind, *rest = events.get(timeout=2)
-            except queue.Empty:
-                if not any(process.is_alive() for process in processes):
-                    break
-                continue
-            if kind in ("end", "failed"):
-                living -= 1
-                failures += rest
-                continue
-            name, lr, seed, epoch, mean = rest
-            key = (name, lr, seed)
-            reached = setting.epochs if kind == "done" else epoch
-            bar.update(reached - at.get(key, 0))
-            at[key] = reached
-            if kind == "done" and mean is not None:
-                tqdm.write(f"{name:20} lr {lr:.1e} seed {seed}: accuracy {mean:.3f} after {epoch} epochs", file=sys.stderr)
-    for process in processes:
-        process.join(timeout=10)
+    spawn = multiprocessing.get_context("spawn")                                  # CUDA does not outlive a fork
+    cells, shown, failures = spawn.RawArray("q", workers), set(folder.glob("*-lr*.json")), []
+    options = setting, folder, str(device), precision, args.compile, max(1, torch.get_num_threads() // workers), deadline
+    total = len(names) * len(setting.lrs) * setting.seeds * setting.epochs
+    with (tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar,
+          futures.ProcessPoolExecutor(workers, spawn, start_worker, (cells,)) as pool):
+        waiting = {pool.submit(work, i, names[i::workers], *options) for i in range(workers)}
+        try:
+            while waiting:
+                done, waiting = futures.wait(waiting, timeout=1)
+                bar.update(sum(cells) - bar.n)
+                for path in sorted({*folder.glob("*-lr*.json")} - shown):
+                    run = json.loads(path.read_text())
+                    say(f"{run['name']:20} lr {run['lr']:.1e} seed {run['seed']}: accuracy {run['mean']:.3f} after {run['epoch']} epochs")
+                    shown.add(path)
+                failures += [future.exception() for future in done if future.exception()]
+        finally:
+            for process in multiprocessing.active_children() if waiting else ():  # Ctrl-C: they need not finish
+                process.terminate()
     if failures:
-        raise UserError(f"a worker stopped: {failures[0]} (finished runs are kept; the same command goes on)")
+        traceback.print_exception(failures[0])
+        raise UserError(f"a worker stopped: {failures[0]!r} (finished runs are kept; the same command goes on)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -578,32 +543,19 @@ def summarise(names, setting, runs, costs):
     """A row for each configuration that has a run: the best learning rate's mean accuracy, averaged over the seeds."""
     rows = []
     for name in names:
-        by_seed = {}
+        best = {}
         for (its_name, _, seed), run in runs.items():
             if its_name == name:
-                by_seed.setdefault(seed, []).append(run)
-        if not by_seed:
+                best[seed] = max(best.get(seed, run), run, key=lambda run: run["mean"])
+        if not best:
             continue
-        best = [max(seed_runs, key=lambda run: run["mean"]) for seed_runs in by_seed.values()]
-        rows.append({"name": name, "bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
-                     "mean": statistics.mean(run["mean"] for run in best), "seeds": [run["mean"] for run in best],
-                     "lrs": [run["lr"] for run in best], "tried": sum(map(len, by_seed.values())),
-                     "accuracy": [statistics.mean(column) for column in zip(*(run["accuracy"] for run in best))],
-                     "published": PUBLISHED.get(name, (None, None))[1]})
-    return sorted(rows, key=lambda row: -row["mean"])
-
-
-def print_table(rows, setting):
-    parts = [part.name() for part in setting.test]
-    print(f"| model | state, bytes | tokens/s | accuracy | over seeds | published | lr | {' | '.join(parts)} |")
-    print("|" + "---|" * (7 + len(parts)))
-    for row in rows:
-        spread = "" if len(row["seeds"]) < 2 else f"{min(row['seeds']):.3f} to {max(row['seeds']):.3f}"
-        published = "" if row["published"] is None else f"{row['published']:.3f}"
-        print(f"| {row['name']} | {row['bytes']:,} | {row['tokens/s']:,.0f} | {row['mean']:.3f} | {spread} | {published} | "
-              f"{', '.join(f'{lr:.1e}' for lr in dict.fromkeys(row['lrs']))} | "
-              f"{' | '.join(f'{x:.2f}' for x in row['accuracy'])} |")
-    sys.stdout.flush()
+        means, accuracies = [run["mean"] for run in best.values()], zip(*(run["accuracy"] for run in best.values()))
+        rows.append({"model": name, "state, bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
+                     "accuracy": statistics.mean(means), "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
+                     "published": PUBLISHED.get(name, (None, ""))[1],
+                     "lr": ", ".join(sorted({f"{run['lr']:.1e}" for run in best.values()}))}
+                    | {part.name(): statistics.mean(column) for part, column in zip(setting.test, accuracies)})
+    return sorted(rows, key=lambda row: -row["accuracy"])
 
 
 def plot(rows, path, title, after, with_published):
@@ -615,12 +567,12 @@ def plot(rows, path, title, after, with_published):
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    families = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
     for i, family in enumerate(families):
-        mine = sorted((row for row in rows if row["name"].split()[0] == family), key=lambda row: row["bytes"])
-        for panel, key in zip(panels, ("bytes", "tokens/s")):
-            panel.plot([row[key] for row in mine], [row["mean"] for row in mine], "o-", color=f"C{i}", label=family)
-        theirs = [PUBLISHED[row["name"]] for row in mine if with_published and row["name"] in PUBLISHED]
+        mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row["state, bytes"])
+        for panel, key in zip(panels, ("state, bytes", "tokens/s")):
+            panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], "o-", color=f"C{i}", label=family)
+        theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
         panels[0].plot(*zip(*theirs) if theirs else ((), ()), "x", color=f"C{i}", label=f"{family}, published" if theirs else None)
     panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
     panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
@@ -664,7 +616,7 @@ def main():
     rows = summarise(names, setting, runs, costs)
     if not rows:
         raise UserError("no run was finished in that time: the same command with more --minutes goes on")
-    print_table(rows, setting)
+    table(f"MQAR, {kind} setting", rows)
     missing = sum(not needless(runs, name, lr, seed) for name in names for lr in setting.lrs for seed in range(setting.seeds))
     say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of training, "
         f"this call {time.time() - start:.0f} s" + (f"; {missing} runs are missing, the same command goes on" if missing else ""))
