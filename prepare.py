@@ -44,7 +44,9 @@ from configurator import UserError, command, configure
 
 C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
 PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
+BATCH = 1 << 22  # so many bytes of text are encoded at once
 TXT_GROUP = 1 << 26  # .txt files share a .bin until they are so many bytes
+END = "<|endoftext|>"  # the name of end-of-text
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -91,27 +93,39 @@ class Tokenizer:
     hash: str  # sha256 of the vocabulary: equal hashes, equal meaning of every id
     encode: Callable  # str -> array of ids
     decode_bytes: Callable  # ids -> bytes; eot, and the ids that pad a model's vocabulary, have none
+    encode_marked: Callable = None  # the same as encode, but END is eot
 
     @property
     def dtype(self):
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
+    def encode_pieces(self, pieces):
+        """The ids of pieces [(text, is it the last of a document)], with eot after the last ones."""
+        marked = "".join(text + END * last for text, last in pieces)
+        if self.encode_marked and marked.count(END) == sum(last for _, last in pieces):
+            return self.encode_marked(marked).astype(self.dtype)  # one call for all: a tenth faster than one for each
+        ends = [np.full(int(last), self.eot) for _, last in pieces]
+        arrays = [array for (text, _), end in zip(pieces, ends) for array in (self.encode(text), end)]
+        return np.concatenate(arrays).astype(self.dtype)
+
 
 def load_tokenizer(name):
     """The Tokenizer "gpt2" or "bytes"; UserError for another name, or if gpt2 is neither here nor reachable."""
+    marked = None
     if name == "bytes":
-        vocabulary = [*(bytes([i]) for i in range(256)), b"<|endoftext|>"]
+        vocabulary = [*(bytes([i]) for i in range(256)), END.encode()]
         encode, decode = lambda text: np.frombuffer(clean(text)[1], np.uint8), bytes
     elif name == "gpt2":
         gpt2 = load_gpt2()
         vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)]
-        # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets "<|endoftext|>" be text
+        # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets END be text
         encode, decode = lambda text: gpt2.encode_to_numpy(clean(text)[0], disallowed_special=()), gpt2.decode_bytes
+        marked = lambda text: gpt2.encode_to_numpy(text, allowed_special={END})  # noqa: E731
     else:
         raise UserError(f"unknown tokenizer {name!r}: it must be gpt2 or bytes")
     eot = len(vocabulary) - 1
     digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in vocabulary)).hexdigest()
-    return Tokenizer(name, eot + 1, eot, digest, encode, lambda ids: decode([int(i) for i in ids if i < eot]))
+    return Tokenizer(name, eot + 1, eot, digest, encode, lambda ids: decode([int(i) for i in ids if i < eot]), marked)
 
 
 def load_gpt2():
@@ -500,14 +514,14 @@ def write_source(index, source):
     with contextlib.ExitStack() as files:
         bins = {split: Bin(files.enter_context(replacing(CONFIG.folder / name)), TOKENIZER)
                 for split, name in source.bins().items()}
-        for batch in batches(pieces(source, tally)):
-            for split, text, size, last, position in batch:
-                PROGRESS[2 + 2 * index] += bins[split].write(text, size, last)
+        for split, text, size, last, position in pieces(source, tally):
+            bins[split].write(text, size, last)
             PROGRESS[1 + 2 * index] = position
+            PROGRESS[2 + 2 * index] = sum(bin.tokens for bin in bins.values())
             if PROGRESS[0]:
                 raise UserError("stopped")  # another source failed; its error is the one that is shown
-    entries = {name: {"split": split, **bins[split].entry(), "source": source.name, "source_bytes": source.size}
-               for split, name in source.bins().items()}
+        entries = {name: {"split": split, **bins[split].finish(), "source": source.name, "source_bytes": source.size}
+                   for split, name in source.bins().items()}
     next(iter(entries.values())).update(tally.summary())
     write_sealed(CONFIG.folder / source.record, {"version": 1, **OPTIONS, "files": entries})
 
@@ -529,37 +543,30 @@ def pieces(source, tally):
         done += end - begin
 
 
-def batches(pieces, most=1 << 22):
-    """Lists of pieces of 4 MB together: a processor that reads and encodes by turns, text by text, is 15 % slower."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += piece[2]
-        if size >= most:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 class Bin:
     """A .bin that is being written, and what the manifest will say of it."""
 
     def __init__(self, file, tokenizer):
         self.file, self.tokenizer, self.sha256 = file, tokenizer, hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
-        self.eot = np.array(tokenizer.eot, tokenizer.dtype).tobytes()
+        self.tokens = self.documents = self.bytes = self.encoded = 0
+        self.pieces = []
 
     def write(self, text, size, last):
-        """Appends a piece of a document; returns the number of its tokens, end-of-text included."""
-        ids = self.tokenizer.encode(text).astype(self.tokenizer.dtype).tobytes() + self.eot * last
-        self.file.write(ids)
-        self.sha256.update(ids)
-        tokens = len(ids) // self.tokenizer.dtype.itemsize
-        self.tokens, self.bytes, self.documents = self.tokens + tokens, self.bytes + size, self.documents + last
-        return tokens
+        """Takes a piece of a document. 4 MB are encoded at once: to read and encode by turns takes 15 % longer."""
+        self.pieces.append((text, last))
+        self.documents, self.bytes = self.documents + last, self.bytes + size
+        if self.bytes - self.encoded >= BATCH:
+            self.flush()
 
-    def entry(self):
+    def flush(self):
+        if self.pieces:
+            ids = self.tokenizer.encode_pieces(self.pieces)
+            self.file.write(ids.data)
+            self.sha256.update(ids.data)
+            self.tokens, self.encoded, self.pieces = self.tokens + len(ids), self.bytes, []
+
+    def finish(self):
+        self.flush()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
                 "sha256": self.sha256.hexdigest()}
 
@@ -578,17 +585,16 @@ def prepare(config):
         options["val_fraction"] = config.val_fraction
     check_same_work(config.folder, options, sources)
     check_disk(config.folder, options, sources)
-    with locked(config.folder):
-        for stale in config.folder.glob("*.tmp"):
-            stale.unlink()
-        encode_all(config, options, sources)
-        try:
-            return write_manifest(config.folder)
-        except UserError:  # no dataset after all: nothing is left of it
-            for source in sources:
-                for name in (source.record, *source.bins().values()):
-                    (config.folder / name).unlink(missing_ok=True)
-            raise
+    for stale in config.folder.glob("*.tmp"):
+        stale.unlink()
+    encode_all(config, options, sources)
+    try:
+        return write_manifest(config.folder)
+    except UserError:  # no dataset after all: nothing is left of it
+        for source in sources:
+            for name in (source.record, *source.bins().values()):
+                (config.folder / name).unlink(missing_ok=True)
+        raise
 
 
 def list_records(folder):
@@ -690,9 +696,9 @@ def write_manifest(folder):
     return manifest
 
 
-def verify(config):
+def verify(folder):
     """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
-    folder, found, listed = config.folder, [], set()
+    found, listed = [], set()
     records = {path: read_sealed(path) for path in list_records(folder)}
     if not records:
         raise UserError(f"there is no dataset in {folder}: {remake(folder)}")
@@ -708,12 +714,16 @@ def verify(config):
     found += [f"{folder / name} has no record" for name in sorted(expected - listed)]
     if found:
         raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder)}")
+    if first["origin"] == "built in" and (shards := [int(path.stem[6:]) for path in records if path.match("train-*")]):
+        if absent := sorted({*range(min(shards), max(shards))} - {*shards}):  # lost in copying, or not made yet
+            print(f"{folder}: {len(absent)} train shards are missing between the first and the last, as {absent[0]:05d}")
     return write_manifest(folder)
 
 
 def main(argv=None):
     (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig, doc=__doc__)
-    manifest = verify(config) if config.verify else prepare(config)
+    with locked(config.folder):
+        manifest = verify(config.folder) if config.verify else prepare(config)
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
     print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files"

@@ -1,4 +1,5 @@
 """prepare.py: what goes in comes out, once, whole, or one line says why not."""
+import contextlib
 import gzip
 import hashlib
 import json
@@ -6,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -108,6 +110,18 @@ def test_gpt2_ids_are_those_of_tiktoken(gpt2):
         assert list(gpt2.encode(text)) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
+DOCUMENT = st.text(" \na.é") | st.sampled_from([prepare.END, "<|end", prepare.END[1:], ">", "\n "])
+
+
+@given(st.lists(DOCUMENT), st.booleans())
+@settings(max_examples=300)
+def test_documents_encoded_at_once_have_the_ids_of_each(gpt2, texts, ended):
+    pieces = [(text, True) for text in texts] + [("the first piece of one more", False)] * (not ended)
+    for tokenizer in (gpt2, BYTES):
+        one_by_one = [i for text, last in pieces for i in [*tokenizer.encode(text), *[tokenizer.eot] * last]]
+        assert not pieces or list(tokenizer.encode_pieces(pieces)) == one_by_one
+
+
 def test_a_megabyte_of_one_letter_is_encoded_in_seconds(gpt2):
     begin = time.monotonic()
     assert len(gpt2.encode("a" * 1_000_000)) == 250_000 and len(BYTES.encode("a" * 1_000_000)) == 1_000_000
@@ -177,6 +191,51 @@ def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, va
     assert texts == [data.hex()] or bad or size == 0
 
 
+@pytest.fixture(scope="module")
+def parquet(scratch):
+    import pyarrow
+    import pyarrow.parquet
+    texts = ["one", "", None, "déjà", "x" * 300]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(5)}), scratch / "whole.parquet")
+    return (scratch / "whole.parquet").read_bytes()
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=5)
+
+
+@given(CHANGES, st.integers(0, 10_000))
+def test_a_damaged_parquet_is_read_or_is_one_line(scratch, parquet, changes, size):
+    data = bytearray(parquet)
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        texts, bad = read(scratch / "damaged.parquet", data[:max(size, 1) if size < len(data) else None])
+        assert len(texts) + bad == 5
+    except UserError as error:
+        assert "damaged.parquet" in str(error)
+
+
+@given(st.sampled_from(prepare.EXTENSIONS), st.binary(max_size=300))
+def test_any_bytes_under_any_name_are_read_or_are_one_line(scratch, extension, data):
+    try:
+        texts, _ = read(scratch / f"any{extension}", data)
+        assert all(isinstance(text, str) for text in texts)
+    except UserError as error:
+        assert "any.parquet" in str(error)
+
+
+@given(st.text(), st.text(), st.text())
+def test_any_flag_gives_sources_or_one_line(scratch, dataset, data_files, shards):
+    try:
+        config = prepare.PrepareConfig(dataset=dataset, data_files=data_files, shards=shards)
+        assert config.folder.parent == Path("data") and 0 <= config.shard_range()[0] <= config.shard_range()[-1] < 1024
+        prepare.find_files(data_files)
+    except UserError:
+        pass
+    with contextlib.suppress(UserError):
+        assert prepare.find_files(data_files)
+
+
 TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8"))
 
 
@@ -188,7 +247,9 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size
     pieces = list(prepare.read_text(path, 0, len(text.encode()), size))
     assert "".join(piece for piece, _, _ in pieces) == text.removeprefix("\ufeff")
     assert [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert [i for piece, _, _ in pieces for i in gpt2.encode(piece)] == list(gpt2.encode(text.removeprefix("\ufeff")))
+    ids = [*gpt2.encode(text.removeprefix("\ufeff"))]
+    assert [i for piece, _, _ in pieces for i in gpt2.encode(piece)] == ids
+    assert [*gpt2.encode_pieces([(piece, last) for piece, last, _ in pieces])] == [*ids, gpt2.eot]
 
 
 @given(st.text(min_size=1), st.floats(0.01, 0.99))
@@ -287,6 +348,19 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     assert "val.jsonl.gz:3: the gzip" in error
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
+    request.getfixturevalue("gpt2") if tokenizer == "gpt2" else None
+    texts = [*HARD_TEXTS, "a" * 1_000_000, "<|endoftext|>" * 1000, "\0" * 1000]
+    write_jsonl(tmp_path / "train.jsonl", texts)
+    write_jsonl(tmp_path / "val.jsonl", ["v"])
+    (tmp_path / "letters.txt").write_text("b" * 1_500_000)  # longer than the pieces in which a .txt is read
+    out = run(tmp_path, "--dataset=hard", "--data_files=*.jsonl *.txt", f"--tokenizer={tokenizer}")
+    read = sorted(texts_of(tmp_path / "data/hard", "train"))
+    assert read == sorted(["b" * 1_500_000, *(prepare.clean(text)[0] for text in texts if text)])
+    assert "1 empty document" in out and "1 texts with invalid characters" in out
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--dataset=nonesuch"], "--data_files"),
     (["--dataset=../x", "--data_files=*.txt"], "plain name"),
@@ -334,23 +408,65 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, monkey
     assert not (tmp_path / "data").exists()
 
 
-def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"word " * 1_000_000)
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # noqa: E731
-    error = refusal(tmp_path, "--dataset=x", "--data_files=a.txt", preexec_fn=small)
-    assert "cannot write" in error and "File too large" in error and not list(tmp_path.glob("data/*"))
-    run(tmp_path, "--dataset=x", "--data_files=a.txt")
+@pytest.mark.parametrize("files, words, limit", [(1, 1_000_000, 3_000_000), (60, 10, 10_000)])  # a .bin; the manifest
+def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path, files, words, limit):
+    for i in range(files):
+        write_jsonl(tmp_path / f"{i:02d}.jsonl", ["word " * words])
+    write_jsonl(tmp_path / "val.jsonl", ["text"])
+    ask, folder = ["--dataset=x", "--data_files=*.jsonl"], tmp_path / "data/x"
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    error = refusal(tmp_path, *ask, preexec_fn=small)
+    assert "cannot write to data/x (File too large): make room" in error
+    assert not list(folder.glob("*.tmp")) and not (folder / "manifest.json").exists()
+    for record in folder.glob("*.json"):
+        assert not list(prepare.bin_problems(folder, prepare.read_sealed(record), whole=True)), "a record of nothing"
+    run(tmp_path, *ask)
+    run(tmp_path, *ask, "--data_dir=other")
+    assert contents(folder) == contents(tmp_path / "other/x")
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b"old")
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt, match="space|^$"):
+            with prepare.replacing(path) as file:
+                file.write(b"new")
+                raise error
+        assert contents(tmp_path) == {"manifest.json": b"old"}
+
+
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
+    script = ("import prepare, resource, sys; prepare.main(sys.argv[1:]); "  # the most of the run, and of a worker, in KB
+              "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0],"
+              "      resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    text, peaks = "some words " * 500_000, []
+    for shards in (2, 16):
+        for i in range(shards):
+            write_jsonl(tmp_path / f"{i:02d}.jsonl", [text])
+        write_jsonl(tmp_path / "val.jsonl", ["text"])
+        command = [sys.executable, "-c", script, f"--dataset=d{shards}", "--data_files=*.jsonl", "--tokenizer=bytes",
+                   "--processes=2"]
+        out = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
+        peaks.append([int(kilobytes) for kilobytes in out.split()[-2:]])
+    assert all(many < 1.1 * few for few, many in zip(*peaks)), peaks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills, restarts, rot.
+
+def workers_of(process):
+    """The ids of the worker processes of a run."""
+    ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(i) for i in ids if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes()]
+
 
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_path):
     flag = write_c4(tmp_path, shards=6, documents=1500)
     begin = time.monotonic()
     run(tmp_path, flag, "--data_dir=whole", "--processes=2")
     duration = time.monotonic() - begin
-    kills, stages = 0, set()
+    kills, worker_kills, stages = 0, 0, set()
     while kills < 20:
         process = start(tmp_path, flag, "--data_dir=killed", "--processes=2")
         try:
@@ -358,13 +474,19 @@ def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_
             assert process.returncode == 0
             shutil.rmtree(tmp_path / "killed")  # it has finished before a kill: once more from the start
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            workers = workers_of(process) if kills % 2 else []  # by turns: the run, one of its workers
+            os.kill(random.choice(workers or [process.pid]), signal.SIGKILL)
+            _, err = process.communicate()
             kills += 1
+            if process.returncode == 2:
+                assert workers and "a worker process was killed" in err and err.count("\n") == 1, err
+            else:  # a worker that had nothing left to do is not missed
+                assert process.returncode == (0 if workers else -signal.SIGKILL), err
+            worker_kills += process.returncode == 2
         for path in tmp_path.glob("killed/c4/*.bin"):
             assert path.read_bytes() == (tmp_path / "whole/c4" / path.name).read_bytes(), "half-written"
         stages.add((len(list(tmp_path.glob("killed/c4/*.json"))), len(list(tmp_path.glob("killed/c4/*.tmp")))))
-    assert len(stages) > 2, "the kills hit no interesting moment"
+    assert len(stages) > 2 and worker_kills, "the kills hit no interesting moment"
     run(tmp_path, flag, "--data_dir=killed", "--processes=2")
     assert contents(tmp_path / "killed/c4") == contents(tmp_path / "whole/c4")
     assert not list(tmp_path.glob("*/c4/*.tmp"))
@@ -427,6 +549,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text " * 100)
     with prepare.locked(tmp_path / "data/x"):
         assert "another prepare.py" in refusal(tmp_path, "--dataset=x", "--data_files=a.txt")
+        assert "another prepare.py" in refusal(tmp_path, "--dataset=x", "--verify")  # what is half done is not damage
     run(tmp_path, "--dataset=x", "--data_files=a.txt")
 
 
@@ -540,8 +663,11 @@ def test_machines_share_the_shards_of_c4_and_verify_joins_them(tmp_path, hub):
     assert texts_of(tmp_path / "one/c4", "train") == [f"train {i} {j}" for i in range(2) for j in range(20)]
     for path in (tmp_path / "two/c4").iterdir():
         shutil.copy(path, tmp_path / "one/c4")
-    run(tmp_path, "--verify", "--data_dir=one")
+    assert "missing" not in run(tmp_path, "--verify", "--data_dir=one")
     assert contents(tmp_path / "one/c4") == contents(tmp_path / "all/c4")
+    for name in ("train-00001.json", "train-00001.bin", "manifest.json"):
+        (tmp_path / "one/c4" / name).unlink()  # a shard that was lost in copying
+    assert "1 train shards are missing between the first and the last, as 00001" in run(tmp_path, "--verify", "--data_dir=one")
 
 
 def test_a_finished_c4_needs_no_network_and_takes_more_shards(tmp_path, hub):
