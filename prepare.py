@@ -300,11 +300,13 @@ def read(path, begin, end, tally):
             yield from read_parquet(path, tally)
         else:
             yield from read_json_lines(path, tally)
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or not isinstance(error, OSError) and not path.startswith("hf://"):
-            raise
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); the same command continues where "
-                        "this one stopped") from None
+        if not (isinstance(error, OSError) or path.startswith("hf://") or path.endswith(".parquet")):
+            raise  # our own mistake; a network or a damaged .parquet, though, has errors of many kinds
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command "
+                        "continues where this one stopped") from None
 
 
 def read_json_lines(path, tally):
@@ -347,18 +349,17 @@ def parse_record(line):
 
 def read_parquet(path, tally):
     import pyarrow.parquet  # comes with datasets
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            rows, size = itertools.count(1), os.path.getsize(path)
-            for batch in table.iter_batches(1024, columns=["text"]):
-                column = batch.column("text").cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
-                for text, row in zip(column.to_pylist(), rows):
-                    if text is None:
-                        tally.bad(path, row, "text is null")
-                    else:
-                        yield text.decode("utf-8", "surrogateescape"), True, size * row // table.metadata.num_rows
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise UserError(f"{path} is not a parquet file with a column text of strings ({error})") from None
+    with pyarrow.parquet.ParquetFile(path) as table:
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"{path} has no column text")
+        rows, size = itertools.count(1), os.path.getsize(path)
+        for batch in table.iter_batches(1024, columns=["text"]):
+            column = batch.column("text").cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+            for text, row in zip(column.to_pylist(), rows):
+                if text is None:
+                    tally.bad(path, row, "text is null")
+                else:
+                    yield text.decode("utf-8", "surrogateescape"), True, size * row // table.metadata.num_rows
 
 
 def read_text(path, begin, end, size=PIECE):

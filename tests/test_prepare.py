@@ -200,19 +200,20 @@ def parquet(scratch):
     return (scratch / "whole.parquet").read_bytes()
 
 
-CHANGES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=5)
+CHANGES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=5)
 
 
-@given(CHANGES, st.integers(0, 10_000))
+@given(CHANGES, st.integers(1, 10_000))
+@settings(max_examples=500)
 def test_a_damaged_parquet_is_read_or_is_one_line(scratch, parquet, changes, size):
     data = bytearray(parquet)
     for position, value in changes:
         data[position % len(data)] = value
     try:
-        texts, bad = read(scratch / "damaged.parquet", data[:max(size, 1) if size < len(data) else None])
+        texts, bad = read(scratch / "damaged.parquet", data[:size])
         assert len(texts) + bad == 5
     except UserError as error:
-        assert "damaged.parquet" in str(error)
+        assert "damaged.parquet cannot be read" in str(error) or "no column text" in str(error)
 
 
 @given(st.sampled_from(prepare.EXTENSIONS), st.binary(max_size=300))
@@ -369,7 +370,7 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     (["--dataset=x", "--data_files=empty.txt"], "no train documents"),
     (["--dataset=x", "--data_files=one.jsonl"], "no "),
     (["--dataset=x", "--data_files=val.txt"], "none is left to train on"),
-    (["--dataset=x", "--data_files=text.parquet"], "text.parquet"),
+    (["--dataset=x", "--data_files=text.parquet"], "text.parquet cannot be read (ArrowInvalid"),
     (["--dataset=x", "--data_files=noise.jsonl.gz"], "gzip"),
     (["--dataset=x", "--data_files=a.txt", "--data_dir=a.txt"], "--data_dir"),
     (["--dataset=x", "--data_files=a.txt", "--val_fraction=1"], "val_fraction"),
