@@ -384,28 +384,24 @@ def read_text(path, begin, end, size=PIECE):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new file for `path`: under a temporary name until all is written; whatever goes wrong, `path` stays as it was."""
+    """Yields a temporary name, which becomes `path` when the block is done: even a power cut leaves the whole new file
+    or the whole old one."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(f"{path}.tmp", "wb", buffering=1 << 20) as file:
-            yield file
-            commit(file, path)
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent} ({error.strerror}): make room, or use another --data_dir; the "
-                        "same command continues where this one stopped") from None
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        raise UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact, and the "
+                        "same command goes on") from None
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(f"{path}.tmp")
-
-
-def commit(file, path):
-    """Gives a written temporary file its final name, so that a power cut leaves all of it or none."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
+            temporary.unlink()
 
 
 def seal(content):
@@ -415,8 +411,8 @@ def seal(content):
 
 
 def write_sealed(path, content):
-    with replacing(path) as file:
-        file.write(seal(content))
+    with replacing(path) as temporary:
+        temporary.write_bytes(seal(content))
 
 
 def read_sealed(path):
@@ -513,8 +509,8 @@ def encode_source(index, source):
 def write_source(index, source):
     tally = Tally(CONFIG.max_bad)
     with contextlib.ExitStack() as files:
-        bins = {split: Bin(files.enter_context(replacing(CONFIG.folder / name)), TOKENIZER)
-                for split, name in source.bins().items()}
+        names = {split: files.enter_context(replacing(CONFIG.folder / name)) for split, name in source.bins().items()}
+        bins = {split: Bin(files.enter_context(open(name, "wb")), TOKENIZER) for split, name in names.items()}
         for split, text, size, last, position in pieces(source, tally):
             bins[split].write(text, size, last)
             PROGRESS[1 + 2 * index] = position

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from configurator import UserError, command, configure
 from model import LM, ModelConfig
-from prepare import bin_problems, commit, load_tokenizer, locked, open_split, read_manifest, remake
+from prepare import bin_problems, load_tokenizer, locked, open_split, read_manifest, remake, replacing
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
@@ -496,21 +496,6 @@ def evaluate(model, files, manifest, config, device):
 
 CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss", "recent_losses",
               "skips"}
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary name for path; when the block is done, commits it to path, which is therefore always whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            commit(file, path)
-    except (OSError, RuntimeError) as error:                                      # torch.save: RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plain(value):
