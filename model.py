@@ -223,35 +223,33 @@ def _chunk(q, k, v, log_decay, beta, expand):
     Delta rule: what is written is not v but u - w S; (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 11].
     Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
     """
-    phi_q, phi_k = expand.phi(q), expand.phi(k)
-    reads, seen, keeps, A, D = phi_q, phi_k, phi_k, v.new_ones(*v.shape[:-2], 1, 1), None
+    phi_q, phi_k, D = expand.phi(q), expand.phi(k), None
+    reads, keeps, A = phi_q, phi_k, v.new_ones(*v.shape[:-2], 1, 1)
     if log_decay is not None:
         G = log_decay.cumsum(-1)                                                  # (...,C)
         future = torch.ones(2 * G.shape[-1:], dtype=torch.bool, device=G.device).triu(1)
-        # Mask before exp: exp overflows above the diagonal, and inf * 0 is NaN in the gradient. Never split it into
-        # exp(G_i) exp(-G_j), for the same reason.
+        # Mask before exp, which overflows above the diagonal: inf * 0 is NaN in the gradient. For the same reason never
+        # split it into exp(G_i) exp(-G_j).
         D = (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
-        since_start, until_end, A = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None], G[..., -1, None, None].exp()
-        reads, seen, keeps = phi_q * since_start, phi_k * since_start, phi_k * until_end
+        since_start, until_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
+        reads, keeps, A = phi_q * since_start, phi_k * until_end, G[..., -1, None, None].exp()
 
     P = _scores(q, k, D, expand)
     if beta is None:
         return P @ v, reads, A, keeps.mT @ v
-    earlier, writes = beta[..., None] * _scores(k, k, D, expand), beta[..., None] * torch.cat([v, seen], dim=-1)
-    writes = torch.linalg.solve_triangular(earlier.tril(-1), writes, upper=False, unitriangular=True)
-    u, w = writes.split([v.shape[-1], seen.shape[-1]], dim=-1)
-    return P @ u, reads - P @ w, A * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - keeps.mT @ w, keeps.mT @ u
-
-
-def _carry(A, S):
-    return A * S if A.shape[-1] == 1 else A @ S
+    b, K, V = beta[..., None], phi_k.shape[-1], v.shape[-1]
+    seen = phi_k if log_decay is None else phi_k * since_start
+    earlier = (b * _scores(k, k, D, expand)).tril(-1)
+    writes = torch.linalg.solve_triangular(earlier, b * torch.cat([v, seen], dim=-1), upper=False, unitriangular=True)
+    u, w = writes.split([V, K], dim=-1)
+    return P @ u, reads - P @ w, A * torch.eye(K, dtype=w.dtype, device=w.device) - keeps.mT @ w, keeps.mT @ u
 
 
 @_form
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
     """All pairs of tokens at once, as one chunk: y = ((q k^T) D) v + exp(G) q S_0. The definition, in O(T^2)."""
     Y, Q, A, W = _chunk(q, k, v, log_decay, beta, expand)
-    return Y + Q @ state, _carry(A, state) + W
+    return Y + Q @ state, (A * state if beta is None else A @ state) + W
 
 
 @_form
@@ -275,13 +273,18 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     """Quadratic inside chunks of C tokens, recurrent between them: O(T C) work in matrix products [5, Eq. 8, 9]."""
     T, C = q.shape[2], min(chunk_size, q.shape[2])
 
-    def chunks(x):                                                                # zeros fill up the last one
+    # 1. Cut time into N chunks. Zeros fill up the last one: a zero value (and a zero beta) writes nothing.
+    def chunks(x):
         return None if x is None else F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))
     Y, Q, A, W = _chunk(*map(chunks, (q, k, v, log_decay, beta)), expand)         # (B,H,N,...)
+
+    # 2. The recurrence again, one step per chunk. Unbound, since each A[:, :, n] would have a gradient as large as A.
     starts = []                                                                   # N of (B,H,K,V)
-    for move, write in zip(A.unbind(2), W.unbind(2)):                             # A[:, :, n] has a full gradient
+    for move, write in zip(A.unbind(2), W.unbind(2)):
         starts.append(state)
-        state = _carry(move, state) + write
+        state = (move * state if beta is None else move @ state) + write
+
+    # 3. Each query reads its chunk up to itself, and what came before the chunk.
     y = Y + Q @ torch.stack(starts, dim=2)                                        # (B,H,N,C,V)
     return y.flatten(2, 3)[:, :, :T], state
 
@@ -299,11 +302,8 @@ def linear_attention_bidirectional(q, k, v, log_decay=None, beta=None, state=Non
 
 
 def rope_table(positions, width):
-    """cos and sin (T, width/2) of the angles positions * 10000^(-2i/width) [7, Eq. 15].
-
-    In float64: at position 1,000,000 a float32 angle is off by 0.06.
-    """
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    """cos and sin (T, width/2) of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64     # fp32: 0.06 off at a million
     frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
     angle = positions.to(wide)[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -448,10 +448,7 @@ class Softmax(nn.Module):
 
 
 class Conv(nn.Module):
-    """Based's gated short convolution [2]: out(gate * SiLU(conv(x'))), over 3 tokens. Its state is 2 tokens.
-
-    Differs: no biases.
-    """
+    """Based's gated short convolution [2], without biases: out(gate * SiLU(conv(x'))) over 3 tokens. Its state is 2."""
 
     def __init__(self, config):
         super().__init__()
@@ -477,6 +474,7 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
+NORMS = {"rms": functools.partial(nn.RMSNorm, eps=1e-6), "layer": nn.LayerNorm}
 MLPS = {"gelu": F.gelu, "swiglu": swiglu, "relu2": lambda x: F.relu(x).square()}
 
 
@@ -493,18 +491,14 @@ class MLP(nn.Module):
         return self.out(self.activation(self.up(x)))
 
 
-def make_norm(config):
-    return nn.RMSNorm(config.dim, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.dim)
-
-
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, mixer):
         super().__init__()
-        self.norm1, self.mixer = make_norm(config), MIXERS[mixer](config)
+        self.norm1, self.mixer = NORMS[config.norm](config.dim), MIXERS[mixer](config)
         if config.mlp_ratio:
-            self.norm2, self.mlp = make_norm(config), MLP(config)
+            self.norm2, self.mlp = NORMS[config.norm](config.dim), MLP(config)
         self.dropout = config.dropout
 
     def forward(self, x, state, ropes):
@@ -525,9 +519,9 @@ class LM(nn.Module, Shared):
         self.embed = nn.Embedding(rows, config.dim)
         if config.pos == "learned":
             self.embed_pos = nn.Embedding(config.seq_len, config.dim)
-        pattern = config.mixers * config.depth
-        self.blocks = nn.ModuleList(Block(config, pattern[i]) for i in range(config.depth))
-        self.norm = make_norm(config)
+        pattern = (config.mixers * config.depth)[:config.depth]
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in pattern)
+        self.norm = NORMS[config.norm](config.dim)
         self.softmax_loss = kernels.softmax_loss                                  # train.py may put a compiled one here
         self.unembed = nn.Linear(config.dim, rows, bias=False)
         if config.tied:
@@ -577,8 +571,7 @@ class LM(nn.Module, Shared):
         return self.unembed(x)[..., :self.config.vocab_size]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None,
-                 piece=4096):
+    def generate(self, idx, max_new_tokens, temperature=1, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
         """Yields one token for each text of idx (B,T), max_new_tokens times, in memory that does not grow with either.
 
         The prompt is read in pieces through the chunked form, then every token through the recurrent one, on a GPU as a
