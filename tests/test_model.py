@@ -119,6 +119,15 @@ def test_gradients_are_the_slopes(form, rule, expand):
     assert torch.autograd.gradcheck(lambda *xs: FORMS[form](**dict(zip(x, xs)), expand=expand), tuple(x.values()))
 
 
+@pytest.mark.parametrize("others", [False, True], ids=["own weights", "other weights"])
+@pytest.mark.parametrize("form", ["recurrent", "chunked by 7", "bidirectional"])
+def test_gradients_of_the_sum_normaliser_are_the_slopes(form, others):
+    form = FORMS.get(form, model.linear_attention_bidirectional)
+    q, k, v, q2, k2 = (torch.rand(1, 1, 9, 2, dtype=torch.float64, requires_grad=True) for _ in range(5))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, q2, k2: form(q, k, v, divide_by=(q2, k2) if others else (q, k)), (q, k, v, q2, k2))
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", FORMS)
 def test_any_split_over_calls_equals_one_call(form, rule):
@@ -255,13 +264,15 @@ def shrunk(settings):
     return {key: value for key, value in settings.items() if key not in {*TINY, "depth"}}
 
 
-PRESETS = {path.stem: shrunk(model_settings(path)) for path in sorted(CONFIG.glob("*.py"))}
+PRESETS = {path.stem: shrunk(model_settings(path)) for path in sorted(CONFIG.glob("*.py")) if path.stem != "finetune"}
 LINEAR_OPTIONS = dict(
     mixers=["linear", "linear window", "conv linear softmax", ["window", "linear"]],
     feature_map=list(FEATURE_MAPS), pos=["none", "learned", "sinusoidal", "rope"], decay=["none", "fixed", "gated"],
     delta=[False, True], normaliser=["sum", "rms"], short_conv=[False, True], output_gate=[False, True],
     expand_v=[1.0, 2.0], feature_dim=[0, 4], mlp=["gelu", "swiglu", "relu2"], mlp_ratio=[0.0, 1.0],
     norm=["rms", "layer"], tied=[True, False], chunk_size=[1, 4, 64], window=[1, 5, 64])
+OTHER_OPTIONS = dict(mixers=["window", "softmax", "conv", ["softmax", "conv", "window"]],
+                     **{name: LINEAR_OPTIONS[name] for name in ("pos", "mlp", "mlp_ratio", "norm", "tied", "window")})
 
 
 def tiny(**options):
@@ -285,7 +296,7 @@ def covering_set(options):
 
     Returns them, and the pairs of which no legal configuration was found.
     """
-    draw, chosen, impossible = random.Random(0), [], set()
+    draw, chosen, impossible = random.Random(0), [], []
 
     def pairs(config):
         return set(itertools.combinations([(name, str(value)) for name, value in config.items()], 2))
@@ -296,23 +307,21 @@ def covering_set(options):
         tries = [{name: fixed.get(name, draw.choice(values)) for name, values in options.items()} for _ in range(400)]
         tries = sorted((c for c in tries if legal(**c)), key=lambda c: len(pairs(c) & todo.keys()))
         if not tries:
-            impossible.add(next(iter(todo)))
+            impossible.append(next(iter(todo)))
         chosen += tries[-1:]
         for pair in pairs(tries[-1]) if tries else [next(iter(todo))]:
             todo.pop(pair, None)
     return chosen, impossible
 
 
-COVERING, IMPOSSIBLE = covering_set(LINEAR_OPTIONS)
-COVERING += [dict(mixers=m, pos=pos, norm=norm) for m in ("window", "softmax", "conv", ["softmax", "conv", "window"])
-             for pos, norm in zip(LINEAR_OPTIONS["pos"], ["rms", "layer"] * 2)]
+COVERING, IMPOSSIBLE = map(list.__add__, covering_set(LINEAR_OPTIONS), covering_set(OTHER_OPTIONS))
 COVERING += list(PRESETS.values())
 
 
 def test_only_these_pairs_of_options_are_refused():
     unit = [(("feature_map", m), ("delta", "True")) for m in FEATURE_MAPS if m != "silu_l2"]
     summed = [(("feature_map", m), ("normaliser", "sum")) for m in ("identity", "silu_l2")]
-    assert IMPOSSIBLE == {*unit, *summed, (("delta", "True"), ("normaliser", "sum"))}
+    assert set(IMPOSSIBLE) == {*unit, *summed, (("delta", "True"), ("normaliser", "sum"))}
 
 
 def read(lm, idx, lengths):
@@ -339,6 +348,30 @@ def test_any_split_of_a_text_gives_one_result_and_no_token_changes_the_past(opti
         changed, _ = lm(other)
         assert torch.equal(changed[:, :t], wanted[:, :t])
         assert not torch.equal(changed[:, t:], wanted[:, t:])
+
+
+def test_swapping_the_mixer_is_one_line_of_a_config():
+    base, softmax = (dataclasses.asdict(ModelConfig(**model_settings(CONFIG / f"{name}.py"))) for name in ("base", "softmax"))
+    assert {key for key in base if base[key] != softmax[key]} == {"mixers"}
+    for mixers in (*model.MIXERS, "conv linear window"):
+        assert legal(**{**PRESETS["base"], "mixers": mixers})
+
+
+@torch.no_grad()
+def test_a_feature_map_and_a_mixer_of_ones_own_are_one_line_of_a_registry_each(monkeypatch):
+    class Mean(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, x, state, ropes):
+            total, n = (0, 0) if state is None else state
+            sums, counts = total + x.cumsum(1), n + torch.arange(1, x.shape[1] + 1)
+            return sums / counts[:, None], (sums[:, -1:], counts[-1])
+    monkeypatch.setitem(model.MIXERS, "mean", Mean)
+    monkeypatch.setitem(FEATURE_MAPS, "square", model.FeatureMap(torch.square, positive=True))
+    lm, idx = tiny(mixers="mean linear", feature_map="square"), torch.randint(70, (2, 23))
+    close(read(lm, idx, [9] + [1] * 14)[0], lm(idx)[0], 1e-9)
+    assert not torch.equal(lm(idx)[0], tiny(mixers="mean linear")(idx)[0])
 
 
 @pytest.mark.parametrize("preset", ["base", "based", "gated_deltanet", "hybrid"])
@@ -792,6 +825,7 @@ def test_a_preset_has_the_parameters_and_the_state_of_its_comment(name):
     _, state = lm.hidden(torch.zeros(1, 1024, dtype=torch.long))
     size = sum(x.numel() * x.element_size() for x in tree_leaves(state["layers"]) if x is not None)
     said = re.search(r"([\d.]+) M parameters \(([\d.]+) M beside the embedding\).*? ([\d.]+) MB", path.read_text())
+    assert "arXiv" in path.read_text() or name == "softmax"                      # the source; softmax is the baseline
     assert said.groups() == tuple(f"{n / 1e6:.2f}" for n in (total, total - embedding, size))
     assert abs(total - embedding - 18.91e6) < 0.005 * 18.91e6                    # so any two are within 1 %
 
