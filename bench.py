@@ -1,6 +1,6 @@
 """Measures this machine: what a config does, beside the same model with softmax attention, in the same run.
 
-    python bench.py                                            the base model: training, evaluation, decoding, the operation
+    python bench.py                                            the base model: all but the paper card
     python bench.py config/gated_deltanet.py --seq_lens=1024,4096 --parts=train
     python bench.py --precision=bf16 --compile=true --json=bench.json --plot=bench.png
     python bench.py --parts=card --out_dir=out/base            the paper card: perplexity, memory a sequence, tokens/s
@@ -12,6 +12,7 @@ weights once, at a bandwidth measured at the start, over the time of a step. "FL
 model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost nothing.
 """
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -32,8 +33,8 @@ from configurator import UserError, command, configure
 from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked
 from prepare import open_split, read_manifest
 from sample import state_bytes
-from train import (TrainConfig, Windows, autocast, compile_blocks, evaluate, load_checkpoint, load_model, make_optimizer,
-                   peak_memory, pick_device, pick_precision, replacing, say)
+from train import (TrainConfig, Windows, autocast, compile_blocks, evaluate, load_checkpoint, load_model,
+                   make_optimizer, peak_memory, pick_device, pick_precision, replacing, say)
 
 
 @dataclass
@@ -59,7 +60,7 @@ class BenchConfig:
             self.lengths, self.past, self.batches = (
                 [int(n) for n in text.split(",")] for text in (self.seq_lens, self.positions, self.decode_batch))
         except ValueError:
-            raise ValueError("seq_lens, positions and decode_batch are whole numbers separated by commas: 256,1024") from None
+            raise ValueError("seq_lens, positions and decode_batch are whole numbers with commas: 256,1024") from None
         if min(self.lengths + self.past + self.batches) < 1:
             raise ValueError("seq_lens, positions and decode_batch must be at least 1")
         if unknown := set(self.parts.split(",")) - {"train", "eval", "decode", "op", "card"}:
@@ -129,7 +130,7 @@ def evaluation(config, T, bench, device):
 
 
 def decoding(config, past, B, bench, device, steps=32):
-    """(a call that decodes `steps` tokens in B texts of `past` tokens, seconds to read one of those, bytes of its state)"""
+    """(a call that decodes `steps` tokens in B texts of `past`, seconds to read one of those, bytes of one's state)"""
     dtype, read = torch.bfloat16 if bench.precision == "bf16" else torch.float32, min(past, bench.prefill)
     model = LM(dataclasses.replace(config, seq_len=past + 2 * steps)).to(device, dtype).eval()
     prompt = random_tokens(config, B, read, device)
@@ -146,7 +147,8 @@ def decoding(config, past, B, bench, device, steps=32):
     fill()
     took = seconds(fill, device) / (B * read)
     layers, pattern = seen["state"]["layers"], config.mixers * config.depth
-    state = {"tokens": torch.full_like(seen["state"]["tokens"], past), "layers": [grow(*pair) for pair in zip(layers, pattern)]}
+    layers = [grow(*pair) for pair in zip(layers, pattern)]
+    state = {"tokens": torch.full_like(seen["state"]["tokens"], past), "layers": layers}
 
     @torch.no_grad()
     def step():
@@ -204,7 +206,8 @@ def peers(q, k, v, g, beta, calls):
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
         return {}
-    q, k, v, g, beta = (z.detach().transpose(1, 2).contiguous().requires_grad_() for z in (q, k, v, g, beta.to(q.dtype)))
+    inputs = q, k, v, g, beta.to(q.dtype)
+    q, k, v, g, beta = (z.detach().transpose(1, 2).contiguous().requires_grad_() for z in inputs)
     unit = dict(use_qk_l2norm_in_kernel=True)
     return {"fla gated": calls(lambda *x: chunk_simple_gla(*x)[0], q, k, v, g),
             "fla delta rule": calls(lambda *x: chunk_delta_rule(*x, **unit)[0], q, k, v, beta),
@@ -216,7 +219,7 @@ def random_tokens(config, B, T, device):
 
 
 def memory_per_sequence(config, T, bench, device):
-    """Bytes that one more sequence adds to a training step: on a GPU its peak, on a CPU what backward needs of forward."""
+    """Bytes that a sequence more adds to a training step: on a GPU its peak, on a CPU what backward needs kept."""
     if device.type == "cuda":
         def peak(B):
             step = training(config, T, dataclasses.replace(bench, tokens=B * T, compile=False), device)
@@ -244,7 +247,9 @@ def memory_per_sequence(config, T, bench, device):
 
 
 def show(cell):
-    return f"{cell:,.0f}" if isinstance(cell, (int, float)) and abs(cell) >= 100 else f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, (int, float)) and abs(cell) >= 100:
+        return f"{cell:,.0f}"
+    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
 
 
 def table(title, rows):
@@ -261,63 +266,70 @@ def spread(*columns):
 
 
 def measure(bench, config, device):
+    """{part: rows} and what they were measured on, printed as tables."""
     peer = dataclasses.replace(config, mixers=["softmax"], pos="rope" if config.pos == "none" else config.pos)
     flops, bandwidth = machine_peaks(device, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
     parameters = sum(p.numel() for p in LM(config).parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     print(f"{name}, {bench.precision}, torch {torch.__version__}: matrix products {flops / 1e12:.3g} TFLOP/s, memory "
-          f"{bandwidth / 1e9:,.0f} GB/s; {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}, mixers {' '.join(config.mixers)}")
+          f"{bandwidth / 1e9:,.0f} GB/s; {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}, "
+          f"mixers {' '.join(config.mixers)}")
     figures = {"machine": name, "precision": bench.precision, "torch": torch.__version__, "flops": flops,
                "bandwidth": bandwidth, "parameters": parameters, "config": dataclasses.asdict(config)}
-    parts = bench.parts.split(",")
-    for part, make in (("train", training), ("eval", evaluation)):
-        rows = []
-        for T in tqdm(bench.lengths if part in parts else [], desc=part, disable=None, leave=False):
-            mine, theirs = race([make(c, T, bench, device) for c in (config, peer)], device, bench.repeats)
-            speed, peer_speed = (max(1, bench.tokens // T) * T / statistics.median(times) for times in (mine, theirs))
-            row = {"T": T, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
-                   "spread": spread(mine, theirs), "of peak": round(speed * parameters * (6 if part == "train" else 2) / flops, 2)}
-            if part == "train":
-                layers = (config.mixers * config.depth)[:config.depth]
-                row["FLOPs"] = round(1 + layers.count("linear") * T * config.dim / parameters, 2)    # causal: T/2 keys
-                row |= {f"MB a sequence": memory_per_sequence(config, T, bench, device) / 1e6,
-                        "softmax MB": memory_per_sequence(peer, T, bench, device) / 1e6}
-            rows.append(row)
-        if rows:
-            table({"train": "Training", "eval": "Evaluation"}[part], rows)
-            figures[part] = rows
-    if "decode" in parts:
-        rows = []
-        for past, B in tqdm([(p, b) for b in bench.batches for p in bench.past], desc="decode", disable=None, leave=False):
-            (call, read, state), (peer_call, peer_read, cache) = (decoding(c, past, B, bench, device) for c in (config, peer))
-            mine, theirs = race([call, peer_call], device, bench.repeats)
-            speed, peer_speed = (32 * B / statistics.median(times) for times in (mine, theirs))
-            limit = bandwidth / (parameters * (2 if bench.precision == "bf16" else 4)) * B
-            rows.append({"texts": B, "after": past, "tokens/s": speed, "softmax": peer_speed,
-                         "ratio": round(speed / peer_speed, 2), "spread": spread(mine, theirs), "of peak": round(speed / limit, 2),
-                         "prefill tokens/s": 1 / read, "softmax prefill": 1 / peer_read, "MB a text": state / 1e6,
-                         "softmax MB": cache / 1e6})
-        table("Decoding", rows)
-        figures["decode"] = rows
-    if "op" in parts:
-        rows = []
-        for T in tqdm(bench.lengths, desc="op", disable=None, leave=False):
-            works = {}
-            for name, pair in operations(T, bench, device).items():               # fla's kernels refuse some machines
-                try:
-                    works[name] = (pair, pair[0](), pair[1]())
-                except Exception as error:
-                    if not name.startswith("fla"):
-                        raise
-                    say(f"{name}: {(str(error) or repr(error)).splitlines()[0][:100]}")
-            times = race([call for pair, *_ in works.values() for call in pair], device, bench.repeats)
-            for name, *columns in zip(works, times[::2], times[1::2]):
-                forward, both = (statistics.median(column) for column in columns)
-                rows.append({"T": T, "operation": name, "forward, ms": forward * 1e3, "and backward, ms": both * 1e3,
-                             "times SDPA's speed": round(statistics.median(times[1]) / both, 2), "spread": spread(*columns)})
-        table("The operation alone, 8 heads of 64", rows)
-        figures["op"] = rows
+    for part, title, rows, over in (("train", "Training", passes, bench.lengths),
+                                    ("eval", "Evaluation", passes, bench.lengths),
+                                    ("decode", "Decoding", decodings, itertools.product(bench.batches, bench.past)),
+                                    ("op", "The operation alone, 8 heads of 64", operation_rows, bench.lengths)):
+        if part in bench.parts.split(","):
+            figures[part] = [row for x in tqdm([*over], desc=part, disable=None, leave=False)
+                             for row in rows(x, part, (config, peer), bench, device, figures)]
+            table(title, figures[part])
     return figures
+
+
+def passes(T, part, configs, bench, device, figures):
+    """Training steps, or evaluations, at length T."""
+    make, flops = (training, 6) if part == "train" else (evaluation, 2)
+    mine, theirs = race([make(config, T, bench, device) for config in configs], device, bench.repeats)
+    speed, peer_speed = (max(1, bench.tokens // T) * T / statistics.median(times) for times in (mine, theirs))
+    parameters = figures["parameters"]
+    row = {"T": T, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
+           "spread": spread(mine, theirs), "of peak": round(speed * parameters * flops / figures["flops"], 2)}
+    if part == "train":
+        layers = (configs[0].mixers * configs[0].depth)[:configs[0].depth]
+        row["FLOPs"] = round(1 + layers.count("linear") * T * configs[0].dim / parameters, 2)    # causal: T/2 keys
+        for key, config in zip(("MB a sequence", "softmax MB"), configs):
+            row[key] = memory_per_sequence(config, T, bench, device) / 1e6
+    yield row
+
+
+def decodings(batch_and_past, part, configs, bench, device, figures):
+    """Tokens after a text of this length, in this number of texts."""
+    B, past = batch_and_past
+    (call, read, state), (peer_call, peer_read, cache) = (decoding(c, past, B, bench, device) for c in configs)
+    mine, theirs = race([call, peer_call], device, bench.repeats)
+    speed, peer_speed = (32 * B / statistics.median(times) for times in (mine, theirs))
+    limit = figures["bandwidth"] / (figures["parameters"] * (2 if bench.precision == "bf16" else 4)) * B
+    yield {"texts": B, "after": past, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
+           "spread": spread(mine, theirs), "of peak": round(speed / limit, 2), "prefill tokens/s": 1 / read,
+           "softmax prefill": 1 / peer_read, "MB a text": state / 1e6, "softmax MB": cache / 1e6}
+
+
+def operation_rows(T, part, configs, bench, device, figures):
+    """The operation in all its variants at length T, each beside SDPA."""
+    works = {}
+    for name, pair in operations(T, bench, device).items():                       # fla's kernels refuse some machines
+        try:
+            works[name] = (pair, pair[0](), pair[1]())
+        except Exception as error:
+            if not name.startswith("fla"):
+                raise
+            say(f"{name}: {(str(error) or repr(error)).splitlines()[0][:100]}")
+    times = race([call for pair, *_ in works.values() for call in pair], device, bench.repeats)
+    for name, *columns in zip(works, times[::2], times[1::2]):
+        forward, both = (statistics.median(column) for column in columns)
+        yield {"T": T, "operation": name, "forward, ms": forward * 1e3, "and backward, ms": both * 1e3,
+               "times SDPA's speed": round(statistics.median(times[1]) / both, 2), "spread": spread(*columns)}
 
 
 def card(bench, train_config, device):
@@ -333,8 +345,9 @@ def card(bench, train_config, device):
     count = min(Windows(files, T, 0).total, -(-settings.eval_tokens // T))
     results = []
     times = race([lambda: results.append(evaluate(model, files, manifest, settings, device))], device, bench.repeats)[0]
-    row = {"perplexity": results[-1]["ppl"], "tokens": count * T, "T": T, "tokens/s evaluating": count * T / statistics.median(times),
-           "spread": spread(times), "MB a sequence in training": memory_per_sequence(model.config, T, bench, device) / 1e6}
+    row = {"perplexity": results[-1]["ppl"], "tokens": count * T, "T": T,
+           "tokens/s evaluating": count * T / statistics.median(times), "spread": spread(times),
+           "MB a sequence in training": memory_per_sequence(model.config, T, bench, device) / 1e6}
     table(f"The paper card, {checkpoint['config']['dataset']}", [row])
     return row
 
@@ -347,7 +360,7 @@ def plot(figures, path):
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
-    panels = [("train", "T", "tokens/s", "softmax", "microseconds a token, training", lambda y: 1e6 / y, "sequence length T"),
+    panels = [("train", "T", "tokens/s", "softmax", "microseconds a token, training", lambda y: 1e6 / y, "length T"),
               ("decode", "after", "MB a text", "softmax MB", "MB of state a text, decoding", float, "tokens before")]
     panels = [panel for panel in panels if panel[0] in figures]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
@@ -364,7 +377,7 @@ def plot(figures, path):
 
 
 def vocabulary(config, train_config):
-    """config with its dataset's vocabulary, unless a flag or file gave one; of a dataset not prepared, what it would have."""
+    """Gives config its dataset's vocabulary, unless it was given one; of a dataset not prepared, what it would have."""
     if config.vocab_size == ModelConfig.vocab_size:
         try:
             config.vocab_size = read_manifest(Path(train_config.data_dir, train_config.dataset))["vocab_size"]

@@ -33,7 +33,7 @@ ALLOWED = "a value is a number, string, True, False, None, a list of these, or +
 
 NANOGPT = {"n_layer": "depth", "n_embd": "dim", "n_head": "n_heads", "block_size": "seq_len", "learning_rate": "lr",
            "max_iters": "max_steps", "warmup_iters": "warmup_steps", "eval_iters": "eval_tokens", "dtype": "precision",
-           "gradient_accumulation_steps": "grad_accum", "start": "prompt", "batch": "batch_size"}  # how it calls our keys
+           "gradient_accumulation_steps": "grad_accum", "start": "prompt", "batch": "batch_size"}  # its name: ours
 
 
 class UserError(ValueError):
@@ -219,7 +219,7 @@ def configure(argv, *classes, doc="", config_file=True, inherit=None):
     for where, key, value, values in read_arguments(argv, config_file):
         if key not in legal:
             plain = key.replace("-", "_").lower()
-            near = NANOGPT.get(plain) if NANOGPT.get(plain) in legal else difflib.get_close_matches(plain, legal, 1, 0)[0]
+            near, = {NANOGPT.get(plain)} & set(legal) or difflib.get_close_matches(plain, legal, 1, 0)
             raise UserError(f"{where} is not a known key; the nearest is {near}, and --help lists all")
         values = list(values)
         for cls in classes:
@@ -284,8 +284,8 @@ def command(main):
         message, code = f"a name is too long: {show(error.filename)}", 2
     if message:
         print(f"{program}: {message}", file=sys.stderr, flush=True)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's report, some 40 lines, ends with what is in it
-            said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}  # before others were stopped
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's report of 40 lines ends with what it holds
+            said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}  # others stop after this
             with contextlib.suppress(OSError):
                 Path(report).write_text(json.dumps({"message": said}))
     if code:

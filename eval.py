@@ -1,8 +1,8 @@
 """Measures a trained model on text: perplexity and bits per byte of any file, and the tasks of lm-evaluation-harness.
 
-    python eval.py --out_dir=out/tiny --file=README.md                     one JSON line
-    python eval.py --tasks=lambada_openai,hellaswag --limit=500            needs pip install lm_eval
-    python eval.py --tasks=mine --task_dir=tasks                           tasks of your own, as .yaml files of the harness
+    python eval.py --out_dir=out/tiny --file=README.md              one JSON line
+    python eval.py --tasks=lambada_openai,hellaswag --limit=500     needs pip install lm_eval
+    python eval.py --tasks=mine --task_dir=tasks                    tasks of your own, as .yaml files of the harness
 
 A recurrent model reads a file of any length in one pass: each token is predicted from all before it, through the state.
 With softmax layers or learned positions it is read in windows of seq_len that overlap by half.
@@ -29,7 +29,7 @@ class EvalConfig:
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
     file: str = ""                   # a text to read, in UTF-8; - is standard input
-    context: int = 0                 # tokens in a window; 0: all before, or seq_len where the model has no fixed-size state
+    context: int = 0                 # tokens in a window; 0: all before, or seq_len where no fixed state holds them
     tasks: str = ""                  # tasks of lm-evaluation-harness, separated by commas
     task_dir: str = ""               # a folder with .yaml files of further tasks
     limit: int = 0                   # documents of each task; 0 means all
@@ -49,7 +49,7 @@ class EvalConfig:
 def nats(model, tokens, context=0, piece=4096):
     """-log p of tokens[1:], summed: in one pass that carries the state, or in windows where context is not 0.
 
-    A window predicts the last half of its tokens (the first window all of them), so each has context/2 tokens before it.
+    A window predicts the last half of its tokens (the first window all of them): each has context/2 tokens before it.
     """
     tokens = torch.as_tensor(tokens, device=next(model.parameters()).device)[None]
     end, done, total, state = tokens.shape[1] - 1, 0, 0.0, None
@@ -69,7 +69,7 @@ def nats(model, tokens, context=0, piece=4096):
 
 @torch.no_grad()
 def continuations(model, pairs, batch_size):
-    """For each (context, continuation) in token ids: log p of the continuation, and is each token of it the likeliest?"""
+    """For each (context, continuation), token ids: log p of the continuation, and is each token of it the likeliest?"""
     longest = model.config.seq_len if model.config.pos == "learned" else sys.maxsize
     device, answers = next(model.parameters()).device, [None] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))      # like lengths together
@@ -94,13 +94,14 @@ def harness_model(model, tokenizer, context, batch_size):
     from lm_eval.api.model import TemplateLM
 
     class Harness(TemplateLM):
-        eot_token_id = tokenizer.eot                                              # what a text without context comes after
+        eot_token_id = tokenizer.eot                                              # stands before a text without context
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
             return [int(token) for token in tokenizer.encode(string)]
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return continuations(model, [(given or [tokenizer.eot], answer) for _, given, answer in requests], batch_size)
+            pairs = [(given or [tokenizer.eot], answer) for _, given, answer in requests]
+            return continuations(model, pairs, batch_size)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             return [-nats(model, [tokenizer.eot, *self.tok_encode(r.args[0])], context) for r in requests]
@@ -133,8 +134,9 @@ def run_tasks(config, harness):
     import lm_eval
     from lm_eval.tasks import TaskManager
     try:
-        found = lm_eval.simple_evaluate(harness, tasks=config.tasks.split(","), limit=config.limit or None, bootstrap_iters=0,
-                                        task_manager=TaskManager(include_path=config.task_dir or None))
+        manager = TaskManager(include_path=config.task_dir or None)
+        found = lm_eval.simple_evaluate(harness, tasks=config.tasks.split(","), limit=config.limit or None,
+                                        bootstrap_iters=0, task_manager=manager)
     except (ValueError, KeyError, OSError) as error:  # an unknown task; data that is neither here nor reachable
         raise UserError(f"lm_eval cannot run {config.tasks}: {' '.join(str(error).split())[:300]}") from None
     return {task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
@@ -148,7 +150,7 @@ def main():
     model, tokenizer, precision = open_model(config, device)
     context = config.context or default_context(model)
     if model.config.pos == "learned" and context > model.config.seq_len:
-        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: take a --context below that")
+        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: take a smaller --context")
     with autocast(device, precision):
         if config.tasks:
             try:

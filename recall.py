@@ -1,17 +1,18 @@
-"""The recall-throughput tradeoff, measured: multi-query associative recall (MQAR) against state size and decoding speed.
+"""The recall-throughput tradeoff, measured: associative recall (MQAR) against state size and decoding speed.
 
     python recall.py                        a small version that shows the ordering: minutes on two CPU cores
     python recall.py --full                 the published setting [1, Figure 2], for a GPU
     python recall.py --full --minutes=10    as far as ten minutes go; the same command later goes on from there
     python recall.py --smoke                one short run of each kind in the published sizes: does the GPU path work?
 
-A sequence states pairs of a key and a value, then asks for each key once; at each question the model must say the value:
+A sequence states pairs of a key and a value, then asks for each key once; at each question the model must say the
+value:
 
     key 7  value 91  key 3  value 64  .  .  key 3 (answer: 64)  .  key 7 (answer: 91)  .  .        . is a random token
 
 A model can only answer from what its state has kept, so accuracy against the bytes of the state is the price of a small
-state, and accuracy against decoding speed is what it buys. Models are LM of model.py, two layers: the gated convolution,
-which can put a key beside its value, then the mixer in question.
+state, and accuracy against decoding speed is what it buys. Models are LM of model.py with two layers: the gated
+convolution, which can put a key beside its value, then the mixer in question.
 
 Each run is one JSON file in out_dir, written when it is done; runs that are there are not repeated. A run stops early
 at a mean accuracy of 0.99 over the test settings, as in [1]; the remaining learning rates of that configuration and
@@ -19,9 +20,9 @@ seed are then left out, since they could not change the figure. Learning rates a
 half-way is 0.1 behind a finished one of the same configuration and seed is given up. Test accuracy picks the learning
 rate, as published.
 
-Differs from [1] and its code: our gated convolution has no bias, no skip of its own, and a SiLU; no dropout on attention
-weights; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16); the last, smaller batch of a part is left out.
-Their window of 64 sees 65 tokens, itself included, and so does ours here.
+Differs from [1] and its code: our gated convolution has no bias, no skip of its own, and a SiLU; no dropout on
+attention weights; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16); the last, smaller batch of a part is
+left out. Their window of 64 sees 65 tokens, itself included, and so does ours here.
 
   [1] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
 """
@@ -104,9 +105,9 @@ class Setting:
     decode_after: int      # tokens that they have read before
 
     def config(self, name):
-        fields = dict(vocab_size=self.vocab_size, depth=2, n_heads=1, pos="none", norm="layer", mlp_ratio=0, dropout=0.1,
-                      seq_len=max(part.T for part in self.test)) | self.models[name]
-        return ModelConfig(**fields)
+        fields = dict(vocab_size=self.vocab_size, seq_len=max(part.T for part in self.test), depth=2, n_heads=1,
+                      pos="none", norm="layer", mlp_ratio=0, dropout=0.1)
+        return ModelConfig(**fields | self.models[name])
 
 
 def conv_and(mixer, dim, **fields):
@@ -118,7 +119,8 @@ def based(dim, feature_dim):
 
 
 def deltanet(dim, **fields):
-    return conv_and("linear", dim, n_heads=2, feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True, **fields)
+    return conv_and("linear", dim, n_heads=2, feature_map="silu_l2", delta=True, normaliser="rms", short_conv=True,
+                    **fields)
 
 
 def gated_deltanet(dim):
@@ -126,25 +128,29 @@ def gated_deltanet(dim):
 
 
 FULL = Setting(                                                                   # [1, Figure 2]
-    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1, decode_batch=1024, decode_after=1024,
-    train=(Part(64, 4, 100_000), Part(128, 8, 20_000), Part(256, 16, 20_000), Part(256, 32, 20_000), Part(256, 64, 20_000)),
+    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1,
+    decode_batch=1024, decode_after=1024,
+    train=(Part(64, 4, 100_000), *(Part(T, pairs, 20_000) for T, pairs in ((128, 8), (256, 16), (256, 32), (256, 64)))),
     test=tuple(Part(T, pairs, 1000) for T, pairs in
                ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))),
-    models={"based d64 f16": based(64, 16), "gated_deltanet d64": gated_deltanet(64), "softmax d64": conv_and("softmax", 64),
-            "deltanet d64": deltanet(64), "based d64 f8": based(64, 8), "elu d64": conv_and("linear", 64),
-            "window64 d128": conv_and("window", 128, window=65), "based d128 f16": based(128, 16),
-            "gated_deltanet d128": gated_deltanet(128), "deltanet d128": deltanet(128), "elu d128": conv_and("linear", 128),
-            "based d48 f8": based(48, 8), "softmax d128": conv_and("softmax", 128)})
+    models={"based d64 f16": based(64, 16), "gated_deltanet d64": gated_deltanet(64),
+            "softmax d64": conv_and("softmax", 64), "deltanet d64": deltanet(64), "based d64 f8": based(64, 8),
+            "elu d64": conv_and("linear", 64), "window64 d128": conv_and("window", 128, window=65),
+            "based d128 f16": based(128, 16), "gated_deltanet d128": gated_deltanet(128),
+            "deltanet d128": deltanet(128), "elu d128": conv_and("linear", 128), "based d48 f8": based(48, 8),
+            "softmax d128": conv_and("softmax", 128)})
 SMALL = Setting(
     vocab_size=256, batch_size=64, epochs=6, lrs=(1e-2,), seeds=2, decode_batch=16, decode_after=4096,
     train=(Part(32, 4, 4096), Part(64, 8, 2048), Part(64, 16, 2048)),
     test=(Part(32, 4, 256), Part(64, 8, 256), Part(64, 16, 256), Part(128, 32, 256)),
-    models={"softmax d32": conv_and("softmax", 32), "based d32 f8": based(32, 8), "gated_deltanet d32": gated_deltanet(32),
-            "deltanet d32": deltanet(32), "elu d32": conv_and("linear", 32), "window16 d32": conv_and("window", 32, window=16)})
+    models={"softmax d32": conv_and("softmax", 32), "based d32 f8": based(32, 8),
+            "gated_deltanet d32": gated_deltanet(32), "deltanet d32": deltanet(32), "elu d32": conv_and("linear", 32),
+            "window16 d32": conv_and("window", 32, window=16)})
 SMOKE = dataclasses.replace(
     FULL, epochs=1, lrs=FULL.lrs[:1], train=tuple(part._replace(examples=512) for part in FULL.train),
     test=tuple(part._replace(examples=64) for part in FULL.test),
-    models={name: FULL.models[name] for name in ("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128")})
+    models={name: FULL.models[name]
+            for name in ("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128")})
 
 # Read off the figures of [1] and of its code's page, +-0.01: bytes of the state, accuracy.
 PUBLISHED = {"based d48 f8": (9.4e3, 0.67), "based d64 f8": (12.5e3, 0.72), "based d64 f16": (40.5e3, 0.91),
@@ -175,7 +181,7 @@ def make_part(part, vocab_size, generator, rows=4096):
     """
     T, pairs, half, device = part.T, part.pairs, vocab_size // 2, generator.device
     space = T // 2 - pairs
-    assert pairs <= min(space, half - 1), f"{pairs} pairs and as many questions do not fit {T} tokens of {vocab_size} kinds"
+    assert pairs <= min(space, half - 1), f"{pairs} pairs do not fit {T} tokens of {vocab_size} kinds"
     log_weight = (0.01 - 1) * torch.arange(1, space + 1, device=device).log()
     made = []
     for start in range(0, part.examples, rows):
@@ -333,6 +339,7 @@ class Trainer:
         self.reset(seed)
         torch.manual_seed(seed + 1)                                               # dropout
         record = {"lr": lr, "seed": seed, "history": [], "end": "all epochs"}
+        half = max(1, epochs // 2)
         start = time.perf_counter()
         for epoch in range(epochs):
             self.set_lr(lr * (1 + math.cos(math.pi * epoch / epochs)) / 2)
@@ -352,7 +359,7 @@ class Trainer:
                 record["end"] = "diverged"
             elif mean > SOLVED:
                 record["end"] = "solved"
-            elif rival and epoch + 1 == max(1, epochs // 2) and mean < rival[min(epoch, len(rival) - 1)]["mean"] - BEHIND:
+            elif rival and epoch + 1 == half and mean < rival[min(epoch, len(rival) - 1)]["mean"] - BEHIND:
                 record["end"] = "behind"
             if record["end"] != "all epochs":
                 break
@@ -382,8 +389,7 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
     tokens = torch.randint(config.vocab_size, (batch, after), device=device)
     with autocast(device, precision):
         states = [model.hidden(piece)[1] for piece in tokens.split(64)]
-    layers = tree_map(lambda *z: torch.cat(z) if torch.is_tensor(z[0]) else z[0], *(state["layers"] for state in states))
-    state = {"tokens": states[0]["tokens"], "layers": layers}
+    state = tree_map(lambda *z: torch.cat(z) if torch.is_tensor(z[0]) and z[0].dim() else z[0], *states)
     del states
 
     def step():
@@ -450,7 +456,7 @@ def needless(runs, name, lr, seed):
 
 
 def start_worker(cells):
-    global epochs_done                                                            # shared memory: a number for each worker
+    global epochs_done                                                            # shared memory, a number a worker
     epochs_done = cells
 
 
@@ -486,7 +492,8 @@ def work(number, names, setting, folder, device, precision, use_graphs, threads,
 
 def usable(name, setting, device, precision, fast, data):
     """The fastest Trainer that works here, tried on every shape of batch: CUDA graphs, compiled or not, or plain."""
-    for kind in (dict(use_graphs=True, compiled=True), dict(use_graphs=True), {}) if fast and device.type == "cuda" else ({},):
+    graphs = [dict(use_graphs=True, compiled=True), dict(use_graphs=True)]
+    for kind in [*(graphs if fast and device.type == "cuda" else ()), {}]:
         start = time.perf_counter()
         try:
             trainer = Trainer(setting.config(name), setting, device, precision, **kind)
@@ -500,7 +507,8 @@ def usable(name, setting, device, precision, fast, data):
         except Exception as error:  # no compiler, a kernel that cannot be captured, ...: slower, but the same
             if not kind:
                 raise
-            say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
+            reason = (str(error).strip() or "?").splitlines()[0]
+            say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {reason}")
 
 
 def machine(device):
@@ -513,7 +521,8 @@ def run_all(names, setting, folder, device, precision, args, deadline):
     workers = min(args.workers or min(6, cores), len(names))
     spawn = multiprocessing.get_context("spawn")                                  # CUDA does not outlive a fork
     cells, shown, failures = spawn.RawArray("q", workers), set(folder.glob("*-lr*.json")), []
-    options = setting, folder, str(device), precision, args.compile, max(1, torch.get_num_threads() // workers), deadline
+    threads = max(1, torch.get_num_threads() // workers)
+    options = setting, folder, str(device), precision, args.compile, threads, deadline
     total = len(names) * len(setting.lrs) * setting.seeds * setting.epochs
     with (tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar,
           futures.ProcessPoolExecutor(workers, spawn, start_worker, (cells,)) as pool):
@@ -524,7 +533,8 @@ def run_all(names, setting, folder, device, precision, args, deadline):
                 bar.update(sum(cells) - bar.n)
                 for path in sorted({*folder.glob("*-lr*.json")} - shown):
                     run = json.loads(path.read_text())
-                    say(f"{run['name']:20} lr {run['lr']:.1e} seed {run['seed']}: accuracy {run['mean']:.3f} after {run['epoch']} epochs")
+                    say(f"{run['name']:20} lr {run['lr']:.1e} seed {run['seed']}: accuracy {run['mean']:.3f} "
+                        f"after {run['epoch']} epochs")
                     shown.add(path)
                 failures += [future.exception() for future in done if future.exception()]
         finally:
@@ -551,7 +561,8 @@ def summarise(names, setting, runs, costs):
             continue
         means, accuracies = [run["mean"] for run in best.values()], zip(*(run["accuracy"] for run in best.values()))
         rows.append({"model": name, "state, bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
-                     "accuracy": statistics.mean(means), "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
+                     "accuracy": statistics.mean(means),
+                     "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
                      "published": PUBLISHED.get(name, (None, ""))[1],
                      "lr": ", ".join(sorted({f"{run['lr']:.1e}" for run in best.values()}))}
                     | {part.name(): statistics.mean(column) for part, column in zip(setting.test, accuracies)})
@@ -573,8 +584,10 @@ def plot(rows, path, title, after, with_published):
         for panel, key in zip(panels, ("state, bytes", "tokens/s")):
             panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], "o-", color=f"C{i}", label=family)
         theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
-        panels[0].plot(*zip(*theirs) if theirs else ((), ()), "x", color=f"C{i}", label=f"{family}, published" if theirs else None)
-    panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
+        if theirs:
+            panels[0].plot(*zip(*theirs), "x", color=f"C{i}", label=f"{family}, published")
+    panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings",
+                  title=title)
     panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
     for panel in panels:
         panel.grid(alpha=0.3, which="both")
@@ -590,9 +603,9 @@ def measure_costs(names, setting, folder, device, precision):
     costs = json.loads(path.read_text()) if path.exists() else {}
     todo = [name for name in names if costs.get(name, {}).get("machine") != machine(device)]
     for name in tqdm(todo, desc="decoding", disable=None, leave=False):
-        config = setting.config(name)
-        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": setting.decode_batch, "after": setting.decode_after,
-                       "tokens_per_s": decoding_speed(config, setting.decode_batch, setting.decode_after, device, precision)}
+        config, batch, after = setting.config(name), setting.decode_batch, setting.decode_after
+        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": batch, "after": after,
+                       "tokens_per_s": decoding_speed(config, batch, after, device, precision)}
         write_json(path, costs)
     return costs
 
@@ -617,9 +630,10 @@ def main():
     if not rows:
         raise UserError("no run was finished in that time: the same command with more --minutes goes on")
     table(f"MQAR, {kind} setting", rows)
-    missing = sum(not needless(runs, name, lr, seed) for name in names for lr in setting.lrs for seed in range(setting.seeds))
-    say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of training, "
-        f"this call {time.time() - start:.0f} s" + (f"; {missing} runs are missing, the same command goes on" if missing else ""))
+    missing = sum(not needless(runs, *run) for run in itertools.product(names, setting.lrs, range(setting.seeds)))
+    say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of "
+        f"training, this call {time.time() - start:.0f} s"
+        + f"; {missing} runs are missing, the same command goes on" * bool(missing))
     plot(rows, folder / "recall.png", f"MQAR, {kind} setting", setting.decode_after, kind == "full")
 
 

@@ -83,7 +83,8 @@ def open_model(config, device):
     tokenizer = load_tokenizer(name)
     if tokenizer.hash != digest:
         raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
-    precision = pick_precision("fp32" if config.precision == "auto" and device.type != "cuda" else config.precision, device)
+    probe = config.precision != "auto" or device.type == "cuda"                   # steps are small: fp32 elsewhere
+    precision = pick_precision(config.precision, device) if probe else "fp32"
     if precision == "bf16":                                                       # cast once, not at every token
         for p in model.parameters():
             p.data = p.data.bfloat16() if p.dim() == 2 else p.data
@@ -101,8 +102,9 @@ def identity(model):
 def write_state(path, model, state, unread, generator, seed, half):
     """To path: the state, the token it has not read, the random numbers to come, and the bytes of half a character."""
     with replacing(Path(path)) as temporary:
-        torch.save({"model": identity(model), "state": tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state), "unread": unread, "seed": seed,
-                    "rng": generator.get_state(), "device": generator.device.type, "half": list(half)}, temporary)
+        state = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state)
+        torch.save({"model": identity(model), "state": state, "unread": unread, "half": list(half), "seed": seed,
+                    "rng": generator.get_state(), "device": generator.device.type}, temporary)
 
 
 def read_state(path, model, texts, device):
@@ -121,6 +123,16 @@ def read_state(path, model, texts, device):
     return carried
 
 
+def check_prompt(prompt, state, config, max_new_tokens):
+    """UserError where the model knows no such token, or has no positions for prompt and text."""
+    if max(prompt) >= config.vocab_size:
+        raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {config.vocab_size}")
+    room = config.seq_len - (int(state["tokens"]) if state else 0) - len(prompt)
+    if config.pos == "learned" and max_new_tokens > room:
+        raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and prompt and text would have "
+                        f"{config.seq_len - room + max_new_tokens}: take --max_new_tokens={max(0, room)} or less")
+
+
 def state_bytes(state):
     """Bytes of all tensors in a nested state."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))
@@ -132,17 +144,12 @@ def main():
     sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
     model, tokenizer, precision = open_model(config, device)
-    given = [int(token) for token in tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt)]
+    given = tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt).tolist()
     carried = {"state": None, "unread": [], "half": []}
     if config.load_state:
         carried = read_state(config.load_state, model, config.num_samples, device)
     state, prompt = carried["state"], carried["unread"] + given or [tokenizer.eot]
-    if max(prompt) >= model.config.vocab_size:
-        raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {model.config.vocab_size}")
-    longest = (int(state["tokens"]) if state else 0) + len(prompt) + config.max_new_tokens
-    if model.config.pos == "learned" and longest > model.config.seq_len:
-        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens, and prompt and text would "
-                        f"have {longest}: take --max_new_tokens={max(0, model.config.seq_len - longest + config.max_new_tokens)} or less")
+    check_prompt(prompt, state, model.config, config.max_new_tokens)
 
     start = time.perf_counter()
     idx = torch.tensor([prompt] * config.num_samples, device=device)
@@ -172,7 +179,7 @@ def main():
     seconds, made = time.perf_counter() - start, sum(map(len, texts))
     if config.save_state:
         write_state(config.save_state, model, state, tokens.tolist(), generator, config.seed, utf8.getstate()[0])
-    if streaming:                                                                 # a state keeps half a character for later
+    if streaming:                                                                 # a state keeps half a character
         print(utf8.decode(b"", final=True) if not config.save_state else "")
     for i, text in enumerate(texts if not streaming else []):
         print(f"--- {i + 1} of {config.num_samples}\n{tokenizer.decode_bytes(given + text).decode(errors='replace')}")

@@ -1,4 +1,4 @@
-"""eval.py: every token is predicted once, from all before it; the harness gets the log-likelihoods of our own forward."""
+"""eval.py: every token is predicted once, from all before it; the harness gets the log p of our own forward."""
 import gzip
 import itertools
 import json
@@ -21,8 +21,8 @@ TEXT = "Größe: a text of 63 bytes, to be read in one pass or in windows"
 
 def tiny(**options):
     torch.manual_seed(0)
-    options = {"vocab_size": 257, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window", "window": 4} | options
-    model = LM(ModelConfig(**options)).double().eval()
+    fields = {"vocab_size": 257, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window", "window": 4}
+    model = LM(ModelConfig(**fields | options)).double().eval()
     torch.nn.init.normal_(model.embed.weight, std=0.5)
     return model
 
@@ -30,7 +30,8 @@ def tiny(**options):
 @torch.no_grad()
 def log_p(model, tokens):
     """log p of tokens[1:], each from one forward of all before it: the slow definition."""
-    return [float(model(torch.tensor([tokens[:i]]))[0][0, -1].log_softmax(-1)[tokens[i]]) for i in range(1, len(tokens))]
+    logits = (model(torch.tensor([tokens[:i]]))[0][0, -1] for i in range(1, len(tokens)))
+    return [float(z.log_softmax(-1)[token]) for z, token in zip(logits, tokens[1:])]
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_continuations_read_in_batches_have_the_log_likelihood_of_a_forward_each
     pairs = [(list(" ".join(words[:i]).encode()), list(word.encode())) for i, word in enumerate(words) if i]
     greedy = int(model(torch.tensor([pairs[3][0]]))[0][0, -1].argmax())
     pairs[3] = pairs[3][0], [greedy]
-    for (given, answer), (sum_log_p, is_greedy) in zip(pairs, eval.continuations(model, pairs, batch_size=4), strict=True):
+    found = eval.continuations(model, pairs, batch_size=4)
+    for (given, answer), (sum_log_p, is_greedy) in zip(pairs, found, strict=True):
         assert sum_log_p == pytest.approx(sum(log_p(model, given + answer)[len(given) - 1:]), abs=1e-5)
         assert is_greedy == (answer == [greedy])
     learned = tiny(pos="learned")                                                 # keeps the 16 tokens that fit
@@ -97,8 +99,9 @@ def test_the_program_tells_bits_per_byte_of_a_file_and_says_what_each_token_was_
 
 @pytest.mark.parametrize("flags, message", [
     ([], "give --file=TEXT or --tasks"), (["--file=a", "--tasks=b"], "give --file=TEXT or --tasks"),
-    (["--file=none"], "cannot read none"), (["--file=empty"], "empty is empty"), (["--file=a", "--limit=-1"], "at least 0"),
-    (["--file=text.txt", "--out_dir=learned", "--context=17"], "end at 16 tokens"), (["--tasks=piqa"], "pip install lm_eval")])
+    (["--file=none"], "cannot read none"), (["--file=empty"], "empty is empty"),
+    (["--file=a", "--limit=-1"], "at least 0"), (["--tasks=piqa"], "pip install lm_eval"),
+    (["--file=text.txt", "--out_dir=learned", "--context=17"], "end at 16 tokens")])
 def test_bad_input_is_one_line_with_exit_code_2(measure, tmp_path, monkeypatch, flags, message):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)                   # as where it is missing
     Path("empty").write_text("")
@@ -136,7 +139,7 @@ def harness(measure, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples of LAMBADA, HellaSwag and PIQA are not beside the checkout")
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no samples of LAMBADA, HellaSwag and PIQA beside the checkout")
 def test_lambada_and_multiple_choice_give_the_log_likelihoods_of_our_own_forward(harness, monkeypatch):
     model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
     count, given, calls = 12, {}, eval.continuations
@@ -174,7 +177,8 @@ def test_lambada_and_multiple_choice_give_the_log_likelihoods_of_our_own_forward
             scores = [score(doc[question], " " + choice) for choice in choices(doc)]
             right.append(scores.index(max(scores)) == int(doc["label"]))
         assert found[f"local_{name}"]["acc"] == pytest.approx(sum(right) / count)
-    scores = [score(text, " " + word) for text, _, word in (doc["text"].rpartition(" ") for doc in docs("lambada_openai"))]
+    cuts = [doc["text"].rpartition(" ") for doc in docs("lambada_openai")]
+    scores = [score(text, " " + word) for text, _, word in cuts]
     assert found["local_lambada_openai"]["perplexity"] == pytest.approx(math.exp(-sum(scores) / count), rel=1e-4)
     accuracy("hellaswag_val", "ctx", lambda doc: doc["endings"])
     accuracy("piqa_val", "goal", lambda doc: (doc["sol1"], doc["sol2"]))
@@ -193,7 +197,8 @@ def test_every_kind_of_task_measures_our_own_forward_and_each_filter_has_its_fig
                        "metric_list: [{metric: exact_match}]\n" + FILTERS)}
     for name, (kind, target, more) in tasks.items():
         data = tmp_path / f"{name}.jsonl"
-        Path(f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, text="{{question}}", target=target) + more)
+        task = TASK.format(name=name, data=data, kind=kind, text="{{question}}", target=target)
+        Path(f"{name}.yaml").write_text(task + more)
         Path(f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     found = harness("--tasks=choose,predict,read,write")
     assert {"exact_match,all", "exact_match,letters"} <= set(found["write"])
@@ -209,10 +214,11 @@ def test_every_kind_of_task_measures_our_own_forward_and_each_filter_has_its_fig
     bits = -sum(sum(log_p(model, [256, *text])) for text in texts) / sum(map(len, texts)) / math.log(2)
     assert found["read"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
-    writer = eval.harness_model(model, BYTES, 0, 4)                               # greedy, up to the first stop, without it
+    writer = eval.harness_model(model, BYTES, 0, 4)                               # greedy, up to the first stop
     whole = writer.write("abc", {"until": [], "max_gen_toks": 12})
     tokens = [int(t) for t, _ in model.generate(torch.tensor([list(b"abc")]), 12, temperature=0)]
     assert whole == bytes(tokens).decode(errors="replace")
     stop = bytes(tokens[2:4]).decode("latin-1")
-    assert stop.isascii() and writer.write("abc", {"until": [stop, "never"], "max_gen_toks": 12}) == whole[:whole.index(stop)]
+    found = writer.write("abc", {"until": [stop, "never"], "max_gen_toks": 12})
+    assert stop.isascii() and found == whole[:whole.index(stop)]
     assert writer.write("abc", {"max_gen_toks": 3}) == bytes(tokens[:3]).decode(errors="replace")

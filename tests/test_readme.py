@@ -30,11 +30,12 @@ CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,)
            "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
            "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig)}
-TEXTS = {"README.md": README} | {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "config").glob("*.py")]}
+TEXTS = [README, *(path.read_text() for folder in (ROOT, ROOT / "config") for path in folder.glob("*.py"))]
+PRESETS = re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE)
 
 
 def commands():
-    found = {line.strip().split("   ")[0] for text in TEXTS.values() for line in text.splitlines()
+    found = {line.strip().split("   ")[0] for text in TEXTS for line in text.splitlines()
              if line.startswith(("    python ", "    torchrun "))}
     return sorted(command.split(" # ")[0] for command in found)
 
@@ -53,14 +54,14 @@ def test_the_line_counts_of_the_file_map_are_right_to_ten_percent(name, lines):
     assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 0.1 * int(lines)
 
 
-@pytest.mark.parametrize("config, millions", re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE))
+@pytest.mark.parametrize("config, millions", PRESETS)
 def test_the_presets_have_the_parameters_of_the_table(config, millions, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, model_config = configurator.configure([config], train.TrainConfig, model.ModelConfig)
     assert f"{sum(p.numel() for p in model.LM(model_config).parameters()) / 1e6:.2f}" == millions
 
 
-# Every command and every python block, in the README's order, in one folder, so that each finds what those before it made
+# Every command and python block, in the README's order and in one folder: each finds what those before it made
 
 
 ITEM = re.compile(r"^```python\n(?P<code>.*?)^```|^ {4}(?P<line>(?:python|torchrun|make|pip|source) [^\n]*)|`(?P<span>"
@@ -72,21 +73,22 @@ CUT = {"prepare.py": ["--processes=1"],
                     "--eval_tokens=64", "--device=cpu", "--precision=fp32"],
        "sample.py": ["--max_new_tokens=5", "--device=cpu"],
        "eval.py": ["--device=cpu"],
-       "bench.py": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64", "--device=cpu"],
+       "bench.py": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64",
+                    "--device=cpu"],
        "recall.py": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
-WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # the line names the package
+WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
 
 def shown():
     """("code", text) or ("command", words), each once."""
-    makefile = re.findall(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
+    demo = re.findall(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
     found = []
     for match in ITEM.finditer(README):
         kind, text = match.lastgroup, match[match.lastgroup]
         if kind == "code":
             found.append((kind, text))
         elif " ".join(text.split()).startswith("make demo"):
-            found += [("command", tuple(shlex.split(line.replace("$(PY)", "python")))) for line in makefile.splitlines()]
+            found += [("command", tuple(shlex.split(line))) for line in demo.replace("$(PY)", "python").splitlines()]
         elif not " ".join(text.split()).startswith(tuple(NOT_RUN)):
             found.append(("command", tuple(shlex.split(text, comments=True))))
     return list(dict.fromkeys(found))
@@ -118,20 +120,23 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     for name in ("SMALL", "FULL"):
         setting = getattr(recall, name)
-        cut = {key: tuple(part._replace(examples=setting.batch_size) for part in getattr(setting, key)[:2]) for key in ("train", "test")}
-        monkeypatch.setattr(recall, name, dataclasses.replace(setting, lrs=(1e-2,), decode_batch=2, decode_after=64, **cut))
+        train, test = ([part._replace(examples=setting.batch_size) for part in parts[:2]]
+                       for parts in (setting.train, setting.test))
+        monkeypatch.setattr(recall, name, dataclasses.replace(setting, train=train, test=test, lrs=(1e-2,),
+                                                              decode_batch=2, decode_after=64))
 
 
 def run(words, monkeypatch, capfd):
     """Runs a command, cut down: exit code and what it printed."""
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     program, flags = words[at], [*words[at + 1:], *CUT[words[at]]]
-    if program == "prepare.py" and not any(flag.startswith(("--tokenizer", "--verify")) or "stdlib" in flag for flag in flags):
+    given = " ".join(flags)
+    if program == "prepare.py" and not re.search("tokenizer|verify|stdlib", given):
         flags += ["--tokenizer=bytes"]                                            # gpt2's vocabulary may be far
-        flags += ["--data_files=c4/*.gz"] * (not any(flag.startswith("--data_files") for flag in flags))
+        flags += ["--data_files=c4/*.gz"] * ("data_files" not in given)
     if words[0] == "torchrun":
-        started = [sys.executable, "-m", "torch.distributed.run", *words[1:at], "--nproc_per_node=2", str(ROOT / program)]
-        result = subprocess.run([*started, *flags, "--resume=false"], capture_output=True, text=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *words[1:at], "--nproc_per_node=2"]
+        result = subprocess.run([*torchrun, ROOT / program, *flags, "--resume=false"], capture_output=True, text=True)
         return result.returncode, result.stdout + result.stderr
     capfd.readouterr()
     code = 0
@@ -178,7 +183,7 @@ def messages(path):
 def test_the_messages_of_the_troubleshooting_table_are_those_of_the_programs():
     section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
     texts = "\n".join(text for path in ROOT.glob("*.py") for text in messages(path))
-    shown = [message for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for message in re.findall("`(.+?)`", row)]
+    shown = re.findall("`(.+?)`", "".join(re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)))
     assert len(shown) > 20
     assert [message for message in shown if not re.search(".*".join(map(re.escape, message.split("..."))), texts)] == []
 

@@ -159,7 +159,8 @@ def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monke
 
 def test_the_hub_library_logs_no_lines_beside_ours(tmp_path):
     pytest.importorskip("safetensors")
-    result = subprocess.run([sys.executable, PROGRAM, "--init_from=.", "--device=cpu"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, PROGRAM, "--init_from=.", "--device=cpu"], cwd=tmp_path, capture_output=True,
+                            text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and ". is neither a folder with" in result.stderr
 
 
