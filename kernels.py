@@ -527,20 +527,19 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     """
     norm = divide_by is not None                                                  # bool() of a tuple breaks torch 2.11's graph
     own = norm and divide_by[0] is q and divide_by[1] is k
+    qz, kz = divide_by if norm and not own else (None, None)
     if expand is not None:
-        divide_by = None if divide_by is None else tuple(map(expand.phi, divide_by))
-        q, k = expand.phi(q), expand.phi(k)
+        q, k, qz, kz = (x if x is None else expand.phi(x) for x in (q, k, qz, kz))
     B, H, K, columns = check_shapes(q, k, v, log_decay, beta, state, q.shape[-1], divide_by)
     pad = -K % 16                                                                 # aligned rows load 16 bytes at once
     if pad:
-        q, k, *divide_by = (F.pad(x, (0, pad)) for x in (q, k, *(divide_by or ())))
+        q, k, qz, kz = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, qz, kz))
     g, b = (x if x is None else x.float().contiguous() for x in (log_decay, beta))
     if state is None:
         state = q.new_zeros(B, H, K + pad, columns, dtype=torch.float32)
     else:
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
-    qz, kz = divide_by if divide_by and not own else (None, None)
     y, state, *_ = run(q, k, v, g, b, qz, kz, state, norm, chunk_size)
     return y, state[:, :, :K]
 
