@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
+from checkpoint import load_checkpoint, load_model
 from configurator import UserError, command, configure
+from machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, say
 from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked
-from prepare import open_split, read_manifest
+from prepare import open_split, read_manifest, replacing
 from sample import state_bytes
-from train import (TrainConfig, Windows, autocast, compile_blocks, evaluate, load_checkpoint, load_model,
-                   make_optimizer, peak_memory, pick_device, pick_precision, replacing, say)
+from train import TrainConfig, Windows, evaluate, make_optimizer
 
 
 @dataclass

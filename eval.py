@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, command, configure
+from machine import autocast, out_of_memory, pick_device
 from sample import open_model, read_text
-from train import autocast, out_of_memory, pick_device
 
 
 @dataclass

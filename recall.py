@@ -51,8 +51,9 @@ from tqdm import tqdm
 import sample
 from bench import race, table
 from configurator import UserError, command, configure
+from machine import autocast, pick_device, pick_precision, say
 from model import LM, ModelConfig
-from train import autocast, pick_device, pick_precision, replacing, say
+from prepare import replacing
 
 
 @dataclass

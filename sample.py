@@ -23,9 +23,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+from checkpoint import load_file, load_pretrained
 from configurator import UserError, command, configure
-from prepare import load_tokenizer
-from train import autocast, load_file, load_pretrained, out_of_memory, pick_device, pick_precision, replacing
+from machine import autocast, out_of_memory, pick_device, pick_precision
+from prepare import load_tokenizer, replacing
 
 
 @dataclass

@@ -12,14 +12,9 @@ JSON object per logged step) and loss.png. The batch of a step depends only on (
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
 import atexit
-import ctypes
 import dataclasses
 import hashlib
-import html
-import importlib
-import io
 import json
-import logging
 import math
 import os
 import re
@@ -28,9 +23,8 @@ import signal
 import sys
 import time
 import traceback
-import zipfile
 from collections import defaultdict, deque
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,12 +38,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoint import (Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot, tokenizer_id,
+                        wanted_trackers)
 from configurator import UserError, command, configure
+from machine import (RANK, WORLD, autocast, compile_blocks, out_of_memory, peak_memory, pick_device, pick_precision,
+                     progress, say)
 from model import LM, ModelConfig
 from prepare import bin_problems, load_tokenizer, locked, open_split, read_manifest, remake, replacing
-
-WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 @dataclass
@@ -123,6 +118,505 @@ FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The run: its loop, then what a step and an evaluation are
+
+
+class Run:
+    """A training run: the model, the optimiser, how far it has come, and the files in out_dir that hold them."""
+
+    def __init__(self, config, model_config, data, device):
+        self.config, self.model_config, self.data, self.device = config, model_config, data, device
+        self.out_dir = Path(config.out_dir)
+        self.latest, self.best = self.out_dir / "ckpt.pt", self.out_dir / "best.pt"
+        self.windows = Windows(data.train, model_config.seq_len, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = LM(model_config).to("cpu" if config.shard else device)       # a GPU may never hold it whole
+        self.parallel = self.model                                                # what train_step calls; see spread
+        self.optimizer = make_optimizer(self.model, config)
+        self.step, self.best_loss, self.spikes, self.skips, self.skips_in_a_row = 0, math.inf, Spikes(), 0, 0
+        self.tokens_per_step = config.batch_size * model_config.seq_len
+
+    def train(self):
+        """To max_steps, or to the first signal. Each step: make it, log it, save it, evaluate."""
+        config, signals, stop = self.config, stop_at_signals(), 0
+        with self.progress_bar() as bar:
+            if config.init_from and self.step == 0:                               # what the run starts from is a result too
+                self.save(self.latest)
+                self.evaluate()
+            clock = Clock(self.step, self.tokens_per_step)
+            while True:
+                # First in the loop, since a resumed run may have been killed between the save and the evaluation.
+                if self.step and not stop and self.is_due(config.eval_interval):
+                    self.evaluate()
+                    clock = Clock(self.step, self.tokens_per_step)
+                if self.step >= config.max_steps or stop:
+                    break
+                loss, grad_norm = self.one_step()
+                bar.update(self.tokens_per_step)
+                if self.is_due(config.log_interval):
+                    self.report(bar, loss, grad_norm, clock.tokens_per_s(self.step))
+                stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: no stop without its save
+                if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
+                    self.save(self.latest)
+        if RANK == 0:
+            if not stop:
+                plot(self.out_dir)
+            for tracker in self.log.trackers:
+                tracker.close(self.step, self.out_dir / "loss.png")
+        if stop:
+            say(f"stopped at step {self.step}; the same command continues")
+            raise SystemExit(128 + stop)
+
+    def is_due(self, interval):
+        return self.step % interval == 0 or self.step >= self.config.max_steps
+
+    def one_step(self):
+        loss, grad_norm, spike, skip = train_step(self.parallel, self.optimizer, self.windows, self.step, self.config,
+                                                  self.device, self.spikes)
+        self.step += 1
+        self.skips, self.skips_in_a_row = self.skips + skip, self.skips_in_a_row + 1 if skip else 0
+        if spike or skip:
+            self.write(loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip, skips=self.skips)
+            say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
+        if self.skips_in_a_row >= self.config.max_skips:
+            then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
+            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not finite "
+                            f"or a spike: try a lower --lr {then}")
+        return loss, grad_norm
+
+    def evaluate(self):
+        result = evaluate(self.model, self.data.val, self.data.manifest, self.config, self.device)
+        say(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+        if result["val_loss"] < self.best_loss:
+            self.best_loss = result["val_loss"]
+            self.save(self.best)
+        self.write(**result)
+        if RANK == 0 and self.log.trackers and not self.config.shard:             # shards take all processes to sample
+            text = self.sample()
+            for tracker in self.log.trackers:
+                tracker.text(self.step, text)
+
+    def sample(self, count=100):
+        """A text of the model as it is now, always with the same dice."""
+        self.model.eval()
+        idx = torch.tensor([[self.tokenizer.eot]], device=self.device)
+        if self.model_config.pos == "learned":
+            count = min(count, self.model_config.seq_len - 1)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
+            tokens = [int(token) for token, _ in self.model.generate(idx, count, temperature=0.8, generator=generator)]
+        self.model.train()
+        return self.tokenizer.decode_bytes(tokens).decode(errors="replace")
+
+    def write(self, **record):
+        """One record of this step, by one process."""
+        if RANK == 0:
+            self.log.write(step=self.step, tokens=self.step * self.tokens_per_step, **record)
+
+    def progress_bar(self):
+        size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
+        return progress(total=self.tokens_per_step * self.config.max_steps, initial=self.tokens_per_step * self.step,
+                        unit="tok", unit_scale=True, ncols=size.columns, nrows=size.lines)
+
+    def report(self, bar, loss, grad_norm, speed):
+        """To the log; to the bar on a terminal, and as a line where the output goes to a file."""
+        lr, memory = lr_at(self.step - 1, self.config), f"{peak_memory(self.device) / 1e9:.2f} GB"
+        self.write(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed), time=round(time.time(), 3))
+        bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
+        if bar.disable:
+            left = (self.config.max_steps - self.step) * self.tokens_per_step / speed
+            say(f"step {self.step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {memory}, "
+                f"{left / 60:.1f} min left")
+
+    def save(self, path):
+        model, optimizer = whole(self.model.state_dict()), whole(self.optimizer.state_dict())
+        if RANK:
+            return
+        with replacing(path) as temporary:
+            torch.save(plain({
+                "model": model, "model_config": dataclasses.asdict(self.model_config), "optimizer": optimizer,
+                "step": self.step, "best_loss": self.best_loss, "recent_losses": list(self.spikes.recent),
+                "skips": [self.skips, self.skips_in_a_row], "config": dataclasses.asdict(self.config),
+                "rng": {"cpu": torch.get_rng_state()}, "data": self.data.fingerprint}), temporary)
+        if path == self.latest:
+            keep(self.latest, self.step, self.config.keep_last)
+
+    def restore(self, checkpoint):
+        load_weights(self.model, checkpoint)
+        if checkpoint["config"].get("optimizer", "adamw") != self.config.optimizer:  # resume=changed
+            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and another "
+                            "--out_dir to start from its weights")
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
+        self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: each step seeds its own
+
+    def open_folder(self, fresh):
+        """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
+        if RANK:
+            return
+        wanted = wanted_trackers(self.config)
+        self.tokenizer = load_tokenizer(self.data.manifest["tokenizer"]) if wanted else None  # of the samples they get
+        trackers = [tracker(self, fresh) for tracker in wanted]
+        try:
+            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob("ckpt-*.pt")] if fresh else []
+            for stale in [*self.out_dir.glob("*.tmp"), *old]:
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
+        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers)
+        if not fresh:
+            keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
+
+    def spread(self):
+        """Over the processes: the model whole in each, its gradients averaged while backward still runs; or in shards."""
+        if len({*gather(self.step)}) > 1:                                         # and none goes on before all have read
+            raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on a "
+                            "file system that all machines share")
+        if self.config.shard:
+            from torch.distributed.fsdp import fully_shard                        # here: they take 0.8 s to import
+            from torch.distributed.tensor import distribute_tensor
+            mesh, saved = dist.init_device_mesh(self.device.type, (WORLD,)), self.optimizer.state_dict()
+            for module in (*self.model.blocks, self.model):                       # a block is whole only while it is used
+                fully_shard(module, mesh=mesh)
+            self.optimizer = make_optimizer(self.model, self.config)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for i, state in saved["state"].items():
+                for key, value in state.items():
+                    if value.shape == parameters[i].shape:
+                        state[key] = distribute_tensor(value.to(self.device), mesh, parameters[i].placements)
+            load_optimizer(self.optimizer, saved)
+        elif WORLD > 1:
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+
+def train_step(model, optimizer, windows, step, config, device, spikes):
+    """One optimiser step, or none where the loss or the gradient is not finite.
+
+    Returns: the loss, the norm of its gradient before clipping, whether the loss is a spike, whether it was skipped.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, config)
+    torch.manual_seed(int(np.random.default_rng((config.seed, step, RANK)).integers(2**63)))  # dropout differs by rank
+    first, loss = step * config.batch_size + RANK * config.passes * config.piece, 0.0
+    for i in range(config.passes):
+        start = first + i * config.piece
+        x, y = windows.batch(range(start, start + config.piece), getattr(model, "module", model).config.vocab_size, device)
+        alone = isinstance(model, DistributedDataParallel) and i < config.passes - 1
+        with autocast(device, config.precision), model.no_sync() if alone else nullcontext():
+            part = model(x, y)[0] / config.passes                                 # the mean over the whole batch
+        part.backward()                                                           # DDP: the last averages over the ranks
+        loss += part.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    grad_norm = float(grad_norm.full_tensor() if config.shard else grad_norm)
+    loss = float(reduce(loss, device=device)) / WORLD
+    spike = spikes(loss)
+    skip = not math.isfinite(loss) or not math.isfinite(grad_norm) or spike and config.skip_spikes
+    if not skip:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, spike, skip
+
+
+@torch.no_grad()
+def evaluate(model, files, manifest, config, device):
+    """val_loss (nats per token), ppl and bits_per_byte, over evenly spaced windows of the validation files."""
+    model.eval()
+    windows, T = Windows(files, model.config.seq_len, seed=0), model.config.seq_len
+    count = min(windows.total, -(-config.eval_tokens // T))
+    size, total = max(1, min(config.piece, count)), 0.0
+    for i in progress(range(0, count, size * WORLD), desc="evaluating", leave=False):
+        numbers = range(i, min(i + size * WORLD, count))[RANK::WORLD]
+        x, y = windows.batch(numbers or [0], model.config.vocab_size, device)     # all processes run it equally often
+        with autocast(device, config.precision):
+            total += float(model(x, y)[0]) * len(numbers)
+    model.train()
+    loss = reduce(total) / count
+    tokens, text = (sum(f[key] for f in manifest["files"].values() if f["split"] == "val") for key in ("tokens", "bytes"))
+    return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
+
+
+class Clock:
+    """Tokens per second between calls."""
+
+    def __init__(self, step, tokens_per_step):
+        self.step, self.tokens_per_step, self.time = step, tokens_per_step, time.perf_counter()
+
+    def tokens_per_s(self, step):
+        before, self.step, self.time = (self.step, self.time), step, time.perf_counter()
+        return (step - before[0]) * self.tokens_per_step / (self.time - before[1])
+
+
+class Spikes:
+    """Watches the loss: is it 6 standard deviations above the last 128?"""
+
+    def __init__(self, recent=()):
+        self.recent = deque(recent, maxlen=128)
+
+    def __call__(self, loss):
+        mean, sigma = (np.mean(self.recent), np.std(self.recent)) if len(self.recent) == 128 else (0, math.inf)
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        return bool(loss > mean + 6 * sigma)
+
+
+def stop_at_signals():
+    """A list that stays empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        if WORLD == 1:                                                            # torchrun may pass on one Ctrl-C twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Windows:
+    """The token files cut into windows of seq_len + 1 tokens, in an order that is a function of (seed, number) alone.
+
+    An epoch visits every window once. Its order is i -> (a i + b) mod M with a near 0.618 M: a permutation that takes
+    no memory however large the data, and spreads any run of windows, so any batch, evenly over the data. Each epoch
+    starts elsewhere (b), and cuts each file at another offset.
+    """
+
+    def __init__(self, files, seq_len, seed):
+        self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
+        if not self.files:
+            raise UserError(f"the longest file of the dataset has {max(map(len, files), default=0)} tokens, too short "
+                            f"for one sequence: prepare more text, or take --seq_len below that")
+        self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
+        self.ends = np.cumsum(self.counts)
+        self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
+
+    @lru_cache(maxsize=2)
+    def epoch(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        stride = next(a for a in range(max(1, round(0.618 * self.total)), 2 * self.total + 1) if math.gcd(a, self.total) == 1)
+        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len))) for f, n in zip(self.files, self.counts)]
+        return stride, int(rng.integers(self.total)), offsets
+
+    def __getitem__(self, number):
+        epoch, i = divmod(number, self.total)
+        stride, first, offsets = self.epoch(epoch)
+        window = (stride * i + first) % self.total
+        file = int(np.searchsorted(self.ends, window, side="right"))
+        start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
+        tokens = self.files[file]
+        path = Path(tokens.filename)
+        if not path.exists() or path.stat().st_size != tokens.nbytes:             # reading past its end would be a SIGBUS
+            raise UserError(f"{path} changed while it was being read: restore it, then resume")
+        return tokens[start:start + self.seq_len + 1]
+
+    def batch(self, numbers, vocab_size, device):
+        """(inputs, targets), both (len(numbers), seq_len) int64 on the device."""
+        tokens = np.stack([self[n] for n in numbers]).astype(np.int64)
+        if tokens.max() >= vocab_size:
+            raise UserError(f"token {tokens.max()} in the data is not below vocab_size={vocab_size}: "
+                            "the files do not fit their manifest; run prepare.py again")
+        tokens = torch.from_numpy(tokens)
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        tokens = tokens.to(device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class Dataset:
+    """A folder that prepare.py wrote, found whole: small ones in every byte, in a second at most (--verify: any size)."""
+
+    def __init__(self, folder):
+        self.manifest = read_manifest(folder)
+        small = sum(path.stat().st_size for path in folder.glob("*.bin")) <= 2**30
+        for problem in bin_problems(folder, self.manifest, whole=True) if small else ():
+            raise UserError(f"{problem}: {remake(folder)}")
+        self.train, self.val = (open_split(folder, self.manifest, split) for split in ("train", "val"))
+
+    @property
+    def fingerprint(self):
+        """What must stay the same for a run to go on with this data."""
+        files = {name: file["sha256"] for name, file in sorted(self.manifest["files"].items())}
+        return {key: self.manifest[key] for key in ("tokenizer", "tokenizer_hash", "vocab_size")} | {
+            "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+
+    def give_vocabulary(self, model_config):
+        """Sets the model's vocabulary to that of the text, unless it was said to have another."""
+        tokenizer, vocab_size = tokenizer_id(self.manifest), self.manifest["vocab_size"]
+        if model_config.tokenizer not in ("", tokenizer):
+            raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset holds {tokenizer[:20]} "
+                            "tokens: prepare it again with the model's --tokenizer")
+        if model_config.vocab_size not in (ModelConfig.vocab_size, vocab_size):
+            raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: leave it out")
+        model_config.vocab_size, model_config.tokenizer = vocab_size, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def lr_at(step, config):
+    """The learning rate of step 0, 1, ...: linear warmup, flat, then linear to zero at max_steps."""
+    warmup = (step + 1) / (config.warmup_steps + 1)
+    decay = (config.max_steps - step) / max(1, config.decay_frac * (config.max_steps - config.warmup_steps))
+    return config.lr * max(0.0, min(1.0, warmup, decay))
+
+
+def make_optimizer(model, config):
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Decay on matrices only: a norm's scale or a gate's bias has no reason to be near zero.
+    """
+    def kind(name, p):
+        if p.dim() < 2:
+            return "vector"
+        hidden = name.startswith("blocks.") and name.split(".")[-2] in ("qkv", "out", "up", "gate", "both")
+        return "hidden" if hidden and config.optimizer == "muon" else "matrix"
+    groups = [{"params": [p for name, p in model.named_parameters() if kind(name, p) == which],
+               "weight_decay": config.weight_decay * (which != "vector"), "momentum": 0.95 * (which == "hidden")}
+              for which in ("matrix", "vector", "hidden")]
+    return Muon([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with a momentum take Muon's step: along the orthogonal matrix nearest to the momentum M.
+
+        M = momentum M + G;   W = W - lr (0.2 sqrt(max(rows, columns)) orthogonal(G + momentum M) + weight_decay W)
+
+    The factor makes steps as large as AdamW's are, so that one lr and weight decay serve both (arXiv 2502.16982).
+    Differs from torch.optim.Muon: fp32 on a CPU, where its bf16 can be hundreds of times slower; torch before 2.9.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        groups, self.param_groups = self.param_groups, [g for g in self.param_groups if not g["momentum"]]
+        super().step()
+        self.param_groups = groups
+        for group in (g for g in groups if g["momentum"]):
+            same_shape = defaultdict(list)                                        # one batch of products for each shape
+            for W in (p for p in group["params"] if p.grad is not None):
+                if not self.state[W]:
+                    self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))  # AdamW's loading wants a step
+                M = self.state[W]["momentum"].mul_(group["momentum"]).add_(W.grad)
+                same_shape[W.shape].append((W, W.grad.add(M, alpha=group["momentum"])))
+            for shape, pairs in same_shape.items():
+                Ws, G = [W for W, _ in pairs], torch.stack([G for _, G in pairs])
+                U = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype) * (0.2 * max(shape) ** 0.5)
+                torch._foreach_mul_(Ws, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(Ws, list(U.unbind()), alpha=-group["lr"])
+
+
+def orthogonal(G, steps=5):
+    """The nearest orthogonal matrix of each of G (..., rows, columns), roughly: singular values end in 0.7..1.2.
+
+    Newton-Schulz iterations of the odd polynomial that Muon's author tuned (K. Jordan 2024): only matrix products.
+    """
+    X = G if G.shape[-2] <= G.shape[-1] else G.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X if G.shape[-2] <= G.shape[-1] else X.mT
+
+
+def load_optimizer(optimizer, state):
+    """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, state["param_groups"]):
+        group["lr"] = saved["lr"]                                                 # best.pt may be saved before the next step
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def whole(value):
+    """value with its tensors put together from the shards of all processes, in the first of them."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()                                               # all processes take part
+        return value.cpu() if RANK == 0 else None
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a run begins: anew, from another model, or where it stopped
+
+
+def settings_to_start_from(config):
+    """Defaults for the model of a run that starts from another: the settings of that one."""
+    folder = Path(config.out_dir)
+    if not config.init_from:
+        return {}
+    if folder.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
+        raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: take another --out_dir")
+    if config.resume is not False and (folder / "ckpt.pt").exists():              # it has started: its source may be gone
+        return load_checkpoint(folder / "ckpt.pt")["model_config"]
+    return dataclasses.asdict(load_pretrained(config.init_from).config)
+
+
+def start_from(model, source, name):
+    """Copies the weights of source into model, and says what changed.
+
+    Outside the mixers everything must fit. In a mixer what has the same name and shape is kept and the rest stays new,
+    so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
+    """
+    mine, theirs = model.state_dict(), source.state_dict()
+    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    here, there = (dataclasses.asdict(m.config) for m in (model, source))
+    changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
+    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do not "
+                        "fit; leave out what is set differently here")
+    model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
+
+    def names(keys):
+        return ", ".join(sorted({re.sub(r"blocks\.\d+\.", "", key) for key in keys})) or "nothing"
+    say(f"{name}: {changed or 'the same settings'}; kept {len(kept)} of {len(theirs)} tensors; new: "
+        f"{names(mine.keys() - kept)}; left out: {names(theirs.keys() - kept)}")
+
+
+def find_checkpoint(config, model_config, data):
+    """The checkpoint of out_dir that this command should continue (or evaluate), or None. UserError if it should not."""
+    latest = Path(config.out_dir) / "ckpt.pt"
+    if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
+        checkpoint = load_checkpoint(latest)
+        if config.precision == "auto":                                            # a probe may answer differently today
+            config.precision = checkpoint["config"]["precision"]
+        if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
+            raise UserError(f"{latest} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
+                            f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
+        if not config.eval_only and config.resume != "changed":
+            refuse_changes(latest, checkpoint, config, model_config, data)
+        return checkpoint
+    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
+    if config.resume == "auto" and others:
+        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
+                        "or take --resume=false to start over")
+    return None
+
+
+def refuse_changes(path, checkpoint, config, model_config, data):
+    """UserError that names what differs between a checkpoint and the run that wants to continue it."""
+    then = checkpoint["config"] | checkpoint["model_config"] | checkpoint["data"]
+    now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
+    changed = ["the files of the dataset are others" if key == "sha256" else f"{key} was {then.get(key)}, now {now[key]}"
+               for key in now if key not in FREE and then.get(key) != now[key]]
+    if changed:
+        raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of then, "
+                        "--resume=changed to go on with the new ones, or --resume=false to start over")
+
+
+def is_finished(config, step):
+    """Is the last step made, and its evaluation, which comes after the save, in the log?"""
+    records = Log.read(Path(config.out_dir, "metrics.jsonl"))
+    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The processes that torchrun starts: each runs this file on its share of every batch
 
 
@@ -185,776 +679,7 @@ def gather(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-def pick_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; of several processes each takes a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cpu":
-        keep_freed_memory()
-    if WORLD > 1 and name == "cuda":
-        local, here = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        if here > torch.cuda.device_count():
-            raise UserError(f"{here} processes need a GPU each, and there are {torch.cuda.device_count()}: "
-                            "start fewer with --nproc_per_node, or take --device=cpu")
-        name = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): try --device=cpu") from None
-
-
-def keep_freed_memory():
-    """Has glibc reuse large blocks. By default it returns each to the kernel, which maps and zeroes it anew for the next
-    tensor: base trained at 441 tokens/s on two cores with that, and at 653 without."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):                                  # not glibc: macOS, Windows, musl
-        return
-    mallopt(-4, 0), mallopt(-1, -1)                                               # M_MMAP_MAX, M_TRIM_THRESHOLD
-
-
-def bf16_speedup(device):
-    """How many times faster a bf16 matrix product is than an fp32 one. On a CPU without bf16 units: far below 1."""
-    def seconds(dtype, size=768):
-        a = torch.randn(size, size, device=device).to(dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            times.append(time.perf_counter() - start)
-            if times[-1] > 0.5:                                                   # a CPU that emulates bf16
-                break
-        return min(times)
-    return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
-def pick_precision(precision, device):
-    """"fp32" or "bf16". A CPU is probed: bf16 is several times faster with AMX or AVX512-BF16, and a trap without."""
-    if device.type == "cuda":
-        return precision if precision != "auto" else "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp32" or (precision == "auto" and device.type != "cpu"):
-        return "fp32"
-    speedup = bf16_speedup(device)
-    if precision == "bf16" and speedup < 1:
-        say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; --precision=fp32 is faster")
-    return "bf16" if precision == "bf16" or speedup > 1.5 else "fp32"
-
-
-def autocast(device, precision):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def compile_blocks(model, wanted, device):
-    """Compiles each block (one compilation serves equal ones) and the loss, in place, or says in one line why not."""
-    if wanted is False or wanted == "auto" and device.type != "cuda":
-        return
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # no C compiler, no Triton, an unsupported Python: all different, all harmless
-        say(f"not compiled, which is slower but the same: {(str(error).strip() or repr(error)).splitlines()[0]}")
-        return
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.softmax_loss = torch.compile(model.softmax_loss, dynamic=False)
-
-
-def peak_memory(device):
-    """Bytes: the most that tensors took on a GPU, the most that this process took on a CPU (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def out_of_memory(mend):
-    """Turns any of the errors for want of memory into one line that says what helps."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:                                  # numpy's; CUDA's, MPS's, the CPU's
-        known = ("out of memory", "DefaultCPUAllocator")
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
-            raise
-        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {mend}") from None
-
-
-def say(line):
-    if RANK == 0:
-        tqdm.write(line, file=sys.stderr)
-
-
-def progress(*args, **options):
-    """A progress bar, of one process and on a terminal only."""
-    return tqdm(*args, disable=True if RANK else None, **options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-class Windows:
-    """The token files cut into windows of seq_len + 1 tokens, in an order that is a function of (seed, number) alone.
-
-    An epoch visits every window once. Its order is i -> (a i + b) mod M with a near 0.618 M: a permutation that takes
-    no memory however large the data, and spreads any run of windows, so any batch, evenly over the data. Each epoch
-    starts elsewhere (b), and cuts each file at another offset.
-    """
-
-    def __init__(self, files, seq_len, seed):
-        self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
-        if not self.files:
-            raise UserError(f"the longest file of the dataset has {max(map(len, files), default=0)} tokens, too short "
-                            f"for one sequence: prepare more text, or take --seq_len below that")
-        self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
-        self.ends = np.cumsum(self.counts)
-        self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
-
-    @lru_cache(maxsize=2)
-    def epoch(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch))
-        stride = next(a for a in range(max(1, round(0.618 * self.total)), 2 * self.total + 1) if math.gcd(a, self.total) == 1)
-        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len))) for f, n in zip(self.files, self.counts)]
-        return stride, int(rng.integers(self.total)), offsets
-
-    def __getitem__(self, number):
-        epoch, i = divmod(number, self.total)
-        stride, first, offsets = self.epoch(epoch)
-        window = (stride * i + first) % self.total
-        file = int(np.searchsorted(self.ends, window, side="right"))
-        start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
-        tokens = self.files[file]
-        path = Path(tokens.filename)
-        if not path.exists() or path.stat().st_size != tokens.nbytes:             # reading past its end would be a SIGBUS
-            raise UserError(f"{path} changed while it was being read: restore it, then resume")
-        return tokens[start:start + self.seq_len + 1]
-
-    def batch(self, numbers, vocab_size, device):
-        """(inputs, targets), both (len(numbers), seq_len) int64 on the device."""
-        tokens = np.stack([self[n] for n in numbers]).astype(np.int64)
-        if tokens.max() >= vocab_size:
-            raise UserError(f"token {tokens.max()} in the data is not below vocab_size={vocab_size}: "
-                            "the files do not fit their manifest; run prepare.py again")
-        tokens = torch.from_numpy(tokens)
-        if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        tokens = tokens.to(device)
-        return tokens[:, :-1], tokens[:, 1:]
-
-
-def check_bytes(folder, manifest, most=2**30):
-    """Compares small datasets with their checksums, in a second at most; prepare.py --verify does so for any size."""
-    if sum(path.stat().st_size for path in folder.glob("*.bin")) <= most:
-        for problem in bin_problems(folder, manifest, whole=True):
-            raise UserError(f"{problem}: {remake(folder)}")
-
-
-def fingerprint(manifest):
-    """What must stay the same for a run to go on with this data."""
-    files = {name: file["sha256"] for name, file in sorted(manifest["files"].items())}
-    return {key: manifest[key] for key in ("tokenizer", "tokenizer_hash", "vocab_size")} | {
-        "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimisation and evaluation
-
-
-def orthogonal(G, steps=5):
-    """The nearest orthogonal matrix of each of G (..., rows, columns), roughly: singular values end in 0.7..1.2.
-
-    Newton-Schulz iterations of the odd polynomial that Muon's author tuned (K. Jordan 2024): only matrix products.
-    """
-    X = G if G.shape[-2] <= G.shape[-1] else G.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X if G.shape[-2] <= G.shape[-1] else X.mT
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but groups with a momentum take Muon's step: along the orthogonal matrix nearest to the momentum M.
-
-        M = momentum M + G;   W = W - lr (0.2 sqrt(max(rows, columns)) orthogonal(G + momentum M) + weight_decay W)
-
-    The factor makes steps as large as AdamW's are, so that one lr and weight decay serve both (arXiv 2502.16982).
-    Differs from torch.optim.Muon: fp32 on a CPU, where its bf16 can be hundreds of times slower; torch before 2.9.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        groups, self.param_groups = self.param_groups, [g for g in self.param_groups if not g["momentum"]]
-        super().step()
-        self.param_groups = groups
-        for group in (g for g in groups if g["momentum"]):
-            same_shape = defaultdict(list)                                        # one batch of products for each shape
-            for W in (p for p in group["params"] if p.grad is not None):
-                if not self.state[W]:
-                    self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))  # AdamW's loading wants a step
-                M = self.state[W]["momentum"].mul_(group["momentum"]).add_(W.grad)
-                same_shape[W.shape].append((W, W.grad.add(M, alpha=group["momentum"])))
-            for shape, pairs in same_shape.items():
-                Ws, G = [W for W, _ in pairs], torch.stack([G for _, G in pairs])
-                U = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype) * (0.2 * max(shape) ** 0.5)
-                torch._foreach_mul_(Ws, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(Ws, list(U.unbind()), alpha=-group["lr"])
-
-
-def make_optimizer(model, config):
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Decay on matrices only: a norm's scale or a gate's bias has no reason to be near zero.
-    """
-    def kind(name, p):
-        if p.dim() < 2:
-            return "vector"
-        hidden = name.startswith("blocks.") and name.split(".")[-2] in ("qkv", "out", "up", "gate", "both")
-        return "hidden" if hidden and config.optimizer == "muon" else "matrix"
-    groups = [{"params": [p for name, p in model.named_parameters() if kind(name, p) == which],
-               "weight_decay": config.weight_decay * (which != "vector"), "momentum": 0.95 * (which == "hidden")}
-              for which in ("matrix", "vector", "hidden")]
-    return Muon([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def lr_at(step, config):
-    """The learning rate of step 0, 1, ...: linear warmup, flat, then linear to zero at max_steps."""
-    warmup = (step + 1) / (config.warmup_steps + 1)
-    decay = (config.max_steps - step) / max(1, config.decay_frac * (config.max_steps - config.warmup_steps))
-    return config.lr * max(0.0, min(1.0, warmup, decay))
-
-
-class Spikes:
-    """Watches the loss: is it 6 standard deviations above the last 128?"""
-
-    def __init__(self, recent=()):
-        self.recent = deque(recent, maxlen=128)
-
-    def __call__(self, loss):
-        mean, sigma = (np.mean(self.recent), np.std(self.recent)) if len(self.recent) == 128 else (0, math.inf)
-        if math.isfinite(loss):
-            self.recent.append(loss)
-        return bool(loss > mean + 6 * sigma)
-
-
-def train_step(model, optimizer, windows, step, config, device, spikes):
-    """One optimiser step, or none where the loss or the gradient is not finite.
-
-    Returns: the loss, the norm of its gradient before clipping, whether the loss is a spike, whether it was skipped.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, config)
-    torch.manual_seed(int(np.random.default_rng((config.seed, step, RANK)).integers(2**63)))  # dropout differs by rank
-    first, loss = step * config.batch_size + RANK * config.passes * config.piece, 0.0
-    for i in range(config.passes):
-        start = first + i * config.piece
-        x, y = windows.batch(range(start, start + config.piece), getattr(model, "module", model).config.vocab_size, device)
-        alone = isinstance(model, DistributedDataParallel) and i < config.passes - 1
-        with autocast(device, config.precision), model.no_sync() if alone else nullcontext():
-            part = model(x, y)[0] / config.passes                                 # the mean over the whole batch
-        part.backward()                                                           # DDP: the last averages over the ranks
-        loss += part.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    grad_norm = float(grad_norm.full_tensor() if config.shard else grad_norm)
-    loss = float(reduce(loss, device=device)) / WORLD
-    spike = spikes(loss)
-    skip = not math.isfinite(loss) or not math.isfinite(grad_norm) or spike and config.skip_spikes
-    if not skip:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, spike, skip
-
-
-@torch.no_grad()
-def evaluate(model, files, manifest, config, device):
-    """val_loss (nats per token), ppl and bits_per_byte, over evenly spaced windows of the validation files."""
-    model.eval()
-    windows, T = Windows(files, model.config.seq_len, seed=0), model.config.seq_len
-    count = min(windows.total, -(-config.eval_tokens // T))
-    size, total = max(1, min(config.piece, count)), 0.0
-    for i in progress(range(0, count, size * WORLD), desc="evaluating", leave=False):
-        numbers = range(i, min(i + size * WORLD, count))[RANK::WORLD]
-        x, y = windows.batch(numbers or [0], model.config.vocab_size, device)     # all processes run it equally often
-        with autocast(device, config.precision):
-            total += float(model(x, y)[0]) * len(numbers)
-    model.train()
-    loss = reduce(total) / count
-    tokens, text = (sum(f[key] for f in manifest["files"].values() if f["split"] == "val") for key in ("tokens", "bytes"))
-    return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints and the log
-
-
-CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss", "recent_losses",
-              "skips"}
-
-
-def plain(value):
-    """value in dicts, lists and strings made alike: pickle also writes which objects are one, so that without this the
-    checkpoints of a resumed and of an undisturbed run would hold the same in different bytes."""
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return sys.intern(value) if isinstance(value, str) else value
-
-
-def load_file(path, device="cpu"):
-    """What torch.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
-    with zipfile.ZipFile(path) as archive:                                        # torch.load does not look at checksums
-        if bad := archive.testzip():
-            raise UserError(f"checksum of {bad} does not match")
-    return torch.load(path, map_location=device, weights_only=True)
-
-
-def whole(value):
-    """value with its tensors put together from the shards of all processes, in the first of them."""
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()                                               # all processes take part
-        return value.cpu() if RANK == 0 else None
-    return value
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that Run.save wrote."""
-    try:
-        checkpoint = load_file(path, device)
-        missing, known = CHECKPOINT - set(checkpoint), {field.name for field in dataclasses.fields(ModelConfig)}
-        unknown = set() if missing else set(checkpoint["model_config"]) - known
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
-    except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    if unknown:
-        raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
-    return checkpoint
-
-
-def load_weights(model, checkpoint):
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint holds a model of another shape: {' '.join(str(error).split())[:200]}") from None
-
-
-def load_model(checkpoint, device):
-    """The model of a checkpoint, as it was."""
-    model = LM(ModelConfig(**checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])})).to(device)
-    load_weights(model, checkpoint)
-    return model
-
-
-def tokenizer_id(data):
-    return f"{data['tokenizer']}:{data['tokenizer_hash']}"
-
-
-def load_pretrained(source, device="cpu"):
-    """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or a repository of the Hugging Face hub."""
-    path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
-    if files:
-        return load_model(load_checkpoint(files[0]), device)
-    if not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):     # out/bsae: the hub need not be asked
-        raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # a line for each retry: ours is enough
-    try:
-        with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
-            return LM.from_pretrained(source, strict=True).to(device)
-    except (AttributeError, ImportError):
-        raise UserError(f"{source} holds no checkpoint; to read shared models: pip install huggingface_hub safetensors") from None
-    except Exception as error:  # a missing file, no network, another kind of model: each its own exception type
-        raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging Face "
-                        f"hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-
-
-def settings_to_start_from(config):
-    """Defaults for the model of a run that starts from another: the settings of that one."""
-    folder = Path(config.out_dir)
-    if not config.init_from:
-        return {}
-    if folder.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
-        raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: take another --out_dir")
-    if config.resume is not False and (folder / "ckpt.pt").exists():              # it has started: its source may be gone
-        return load_checkpoint(folder / "ckpt.pt")["model_config"]
-    return dataclasses.asdict(load_pretrained(config.init_from).config)
-
-
-def take_weights(model, source, name):
-    """Copies the weights of source into model, and says what changed.
-
-    Outside the mixers everything must fit. In a mixer what has the same name and shape is kept and the rest stays new,
-    so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
-    """
-    mine, theirs = model.state_dict(), source.state_dict()
-    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
-    here, there = (dataclasses.asdict(m.config) for m in (model, source))
-    changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
-    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
-        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do not "
-                        "fit; leave out what is set differently here")
-    model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
-
-    def names(keys):
-        return ", ".join(sorted({re.sub(r"blocks\.\d+\.", "", key) for key in keys})) or "nothing"
-    say(f"{name}: {changed or 'the same settings'}; kept {len(kept)} of {len(theirs)} tensors; new: "
-        f"{names(mine.keys() - kept)}; left out: {names(theirs.keys() - kept)}")
-
-
-def same_tokenizer(path, checkpoint, data):
-    if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
-        raise UserError(f"{path} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
-                        f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
-
-
-def refuse_changes(path, checkpoint, config, model_config, data):
-    """UserError that names what differs between a checkpoint and the run that wants to continue it."""
-    then = checkpoint["config"] | checkpoint["model_config"] | checkpoint["data"]
-    now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
-    changed = ["the files of the dataset are others" if key == "sha256" else f"{key} was {then.get(key)}, now {now[key]}"
-               for key in now if key not in FREE and then.get(key) != now[key]]
-    if changed:
-        raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of then, "
-                        "--resume=changed to go on with the new ones, or --resume=false to start over")
-
-
-class Log:
-    """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after that step."""
-
-    def __init__(self, path, step, trackers=()):
-        self.path, self.trackers = path, trackers
-        # Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again.
-        keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and "loss" in r]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
-
-    @staticmethod
-    def read(path):
-        """The records of a metrics.jsonl, without the line in whose middle a kill came."""
-        records = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return [record for record in records if isinstance(record, dict) and "step" in record]
-
-    def write(self, **record):
-        """Numbers that JSON does not have (a loss of NaN) become null."""
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoint of before is intact") from None
-        for tracker in self.trackers:
-            tracker.numbers(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
-
-
-class TensorBoard:
-    """Everything that metrics.jsonl gets, under the same names, for `tensorboard --logdir=out`; samples; the loss curve."""
-
-    package = "tensorboard"
-
-    def __init__(self, run, fresh):
-        from torch.utils.tensorboard import SummaryWriter
-        folder = run.out_dir / "tensorboard"
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.writer = SummaryWriter(folder, purge_step=run.step + 1)              # drops what a resumed run logs again
-
-    def numbers(self, step, values):
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def text(self, step, text):
-        self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # markdown: as it stands
-
-    def close(self, step, curve):
-        if curve.exists():
-            from matplotlib import image
-            self.writer.add_image("loss_curve", image.imread(curve), step, dataformats="HWC")
-        self.writer.close()
-
-
-class WandB:
-    """The same for Weights & Biases. The id in out_dir/wandb_id lets a resumed run go on as the same one there."""
-
-    package = "wandb"
-
-    def __init__(self, run, fresh):
-        import wandb
-        self.wandb, path = wandb, run.out_dir / "wandb_id"
-        try:
-            self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir), resume="allow",
-                                  id=path.read_text() if path.exists() and not fresh else None,
-                                  config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
-        except Exception as error:  # no account, no network, a project that is not theirs: each its own type
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
-        with replacing(path) as temporary:
-            temporary.write_text(self.run.id)
-
-    def numbers(self, step, values):
-        self.run.log(values, step=step)
-
-    def text(self, step, text):
-        self.run.log({"sample": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-
-    def close(self, step, curve):
-        if curve.exists():
-            self.run.log({"loss_curve": self.wandb.Image(str(curve))}, step=step)
-        self.run.finish()
-
-
-def wanted_trackers(config):
-    """The classes above that the config asks for. UserError where their package is not installed."""
-    wanted = [TensorBoard] * config.tensorboard + [WandB] * bool(config.wandb_project)
-    for tracker in wanted:
-        try:
-            importlib.import_module(tracker.package)
-        except ImportError:
-            key = "tensorboard" if tracker is TensorBoard else "wandb_project"
-            raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
-    return wanted
-
-
-def plot(out_dir):
-    """loss.png from metrics.jsonl, when matplotlib is there."""
-    try:
-        import matplotlib
-    except ImportError:
-        say("no loss.png: pip install matplotlib draws it")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    records = Log.read(out_dir / "metrics.jsonl")
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*points), label=key, **style) if points else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.set_title(str(out_dir).encode(errors="replace").decode(), parse_math=False)  # names may hold $ and broken characters
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(out_dir / "loss.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-    say(f"loss curve: {out_dir / 'loss.png'}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-class Run:
-    """A training run: the model, the optimiser, how far it has come, and the files in out_dir that hold them."""
-
-    def __init__(self, config, model_config, data, device):
-        self.config, self.model_config, self.data, self.device = config, model_config, data, device
-        self.out_dir = Path(config.out_dir)
-        self.latest, self.best = self.out_dir / "ckpt.pt", self.out_dir / "best.pt"
-        self.model = LM(model_config).to("cpu" if config.shard else device)       # a GPU may never hold it whole
-        self.parallel = self.model                                                # what train_step calls; see spread
-        self.optimizer = make_optimizer(self.model, config)
-        self.step, self.best_loss, self.spikes, self.skips, self.skips_in_a_row = 0, math.inf, Spikes(), 0, 0
-
-    def restore(self, checkpoint):
-        load_weights(self.model, checkpoint)
-        if checkpoint["config"].get("optimizer", "adamw") != self.config.optimizer:  # resume=changed
-            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and another "
-                            "--out_dir to start from its weights")
-        load_optimizer(self.optimizer, checkpoint["optimizer"])
-        self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
-        self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
-        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: each step seeds its own
-
-    def spread(self):
-        """Over the processes: the model whole in each, its gradients averaged while backward still runs; or in shards."""
-        if len({*gather(self.step)}) > 1:                                         # and none goes on before all have read
-            raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on a "
-                            "file system that all machines share")
-        if self.config.shard:
-            from torch.distributed.fsdp import fully_shard                        # here: they take 0.8 s to import
-            from torch.distributed.tensor import distribute_tensor
-            mesh, saved = dist.init_device_mesh(self.device.type, (WORLD,)), self.optimizer.state_dict()
-            for module in (*self.model.blocks, self.model):                       # a block is whole only while it is used
-                fully_shard(module, mesh=mesh)
-            self.optimizer = make_optimizer(self.model, self.config)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for i, state in saved["state"].items():
-                for key, value in state.items():
-                    if value.shape == parameters[i].shape:
-                        state[key] = distribute_tensor(value.to(self.device), mesh, parameters[i].placements)
-            load_optimizer(self.optimizer, saved)
-        elif WORLD > 1:
-            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-
-    def save(self, path):
-        model, optimizer = whole(self.model.state_dict()), whole(self.optimizer.state_dict())
-        if RANK:
-            return
-        with replacing(path) as temporary:
-            torch.save(plain({
-                "model": model, "model_config": dataclasses.asdict(self.model_config), "optimizer": optimizer, "step": self.step, "best_loss": self.best_loss,
-                "recent_losses": list(self.spikes.recent), "skips": [self.skips, self.skips_in_a_row],
-                "config": dataclasses.asdict(self.config), "rng": {"cpu": torch.get_rng_state()}, "data": self.data}), temporary)
-        if path == self.latest:
-            keep(self.latest, self.step, self.config.keep_last)
-
-    def open_folder(self, fresh):
-        """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
-        if RANK:
-            return
-        if wanted := wanted_trackers(self.config):
-            self.tokenizer = load_tokenizer(self.data["tokenizer"])
-        trackers = [tracker(self, fresh) for tracker in wanted]
-        try:
-            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob("ckpt-*.pt")] if fresh else []
-            for stale in [*self.out_dir.glob("*.tmp"), *old]:
-                stale.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
-        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers)
-        if not fresh:
-            keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
-
-    def train(self, windows, val_files, manifest):
-        """To max_steps, or to the first signal. Each step: make it, log it, save it, evaluate."""
-        config, signals, stop = self.config, stop_at_signals(), 0
-        tokens_per_step = config.batch_size * self.model_config.seq_len
-        clock = Clock(self.step, tokens_per_step)
-        size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
-        with progress(total=tokens_per_step * config.max_steps, initial=tokens_per_step * self.step, unit="tok",
-                      unit_scale=True, ncols=size.columns, nrows=size.lines) as bar:
-            if self.config.init_from and self.step == 0:                          # what the run starts from is a result too
-                self.save(self.latest)
-                self.evaluate(val_files, manifest)
-            while True:
-                # First in the loop, since a resumed run may have been killed between the save and the evaluation.
-                if self.step and not stop and self.is_due(config.eval_interval):
-                    self.evaluate(val_files, manifest)
-                    clock = Clock(self.step, tokens_per_step)
-                if self.step >= config.max_steps or stop:
-                    break
-                loss, grad_norm, lr = self.one_step(windows)
-                bar.update(tokens_per_step)
-                if self.is_due(config.log_interval):
-                    speed = clock.tokens_per_s(self.step)
-                    self.write(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed), time=round(time.time(), 3))
-                    self.report(bar, loss, lr, speed, tokens_per_step)
-                stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: no stop without its save
-                if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
-                    self.save(self.latest)
-        if RANK == 0:
-            if not stop:
-                plot(self.out_dir)
-            for tracker in self.log.trackers:
-                tracker.close(self.step, self.out_dir / "loss.png")
-        if stop:
-            say(f"stopped at step {self.step}; the same command continues")
-            raise SystemExit(128 + stop)
-
-    def write(self, **record):
-        """One record of this step, by one process."""
-        if RANK == 0:
-            self.log.write(step=self.step, tokens=self.step * self.config.batch_size * self.model_config.seq_len, **record)
-
-    def is_due(self, interval):
-        return self.step % interval == 0 or self.step >= self.config.max_steps
-
-    def one_step(self, windows):
-        lr = lr_at(self.step, self.config)
-        loss, grad_norm, spike, skip = train_step(self.parallel, self.optimizer, windows, self.step, self.config,
-                                                  self.device, self.spikes)
-        self.step += 1
-        self.skips, self.skips_in_a_row = self.skips + skip, self.skips_in_a_row + 1 if skip else 0
-        if spike or skip:
-            self.write(loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip, skips=self.skips)
-            say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
-        if self.skips_in_a_row >= self.config.max_skips:
-            then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
-            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not finite "
-                            f"or a spike: try a lower --lr {then}")
-        return loss, grad_norm, lr
-
-    def evaluate(self, val_files, manifest):
-        result = evaluate(self.model, val_files, manifest, self.config, self.device)
-        say(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
-        if result["val_loss"] < self.best_loss:
-            self.best_loss = result["val_loss"]
-            self.save(self.best)
-        self.write(**result)
-        if RANK == 0 and self.log.trackers and not self.config.shard:               # shards take all processes to sample
-            text = self.sample()
-            for tracker in self.log.trackers:
-                tracker.text(self.step, text)
-
-    def sample(self, count=100):
-        """A text of the model as it is now, always with the same dice."""
-        self.model.eval()
-        idx = torch.tensor([[self.tokenizer.eot]], device=self.device)
-        if self.model_config.pos == "learned":
-            count = min(count, self.model_config.seq_len - 1)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
-            tokens = [int(token) for token, _ in self.model.generate(idx, count, temperature=0.8, generator=generator)]
-        self.model.train()
-        return self.tokenizer.decode_bytes(tokens).decode(errors="replace")
-
-    def report(self, bar, loss, lr, speed, tokens_per_step):
-        """The bar on a terminal; a line where the output goes to a file."""
-        memory = f"{peak_memory(self.device) / 1e9:.2f} GB"
-        bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
-        if bar.disable:
-            left = (self.config.max_steps - self.step) * tokens_per_step / speed
-            say(f"step {self.step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {memory}, "
-                f"{left / 60:.1f} min left")
-
-
-class Clock:
-    """Tokens per second between calls."""
-
-    def __init__(self, step, tokens_per_step):
-        self.step, self.tokens_per_step, self.time = step, tokens_per_step, time.perf_counter()
-
-    def tokens_per_s(self, step):
-        before, self.step, self.time = (self.step, self.time), step, time.perf_counter()
-        return (step - before[0]) * self.tokens_per_step / (self.time - before[1])
-
-
-def find_checkpoint(config, model_config, data):
-    """The checkpoint of out_dir that this command should continue (or evaluate), or None. UserError if it should not."""
-    latest = Path(config.out_dir) / "ckpt.pt"
-    if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
-        checkpoint = load_checkpoint(latest)
-        if config.precision == "auto":                                            # a probe may answer differently today
-            config.precision = checkpoint["config"]["precision"]
-        same_tokenizer(latest, checkpoint, data)
-        if not config.eval_only and config.resume != "changed":
-            refuse_changes(latest, checkpoint, config, model_config, data)
-        return checkpoint
-    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
-    if config.resume == "auto" and others:
-        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
-                        "or take --resume=false to start over")
-    return None
+# The program
 
 
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
@@ -964,104 +689,53 @@ def main():
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
     wanted_trackers(config)                                                       # complain now, not after the preparations
-    folder = Path(config.data_dir) / config.dataset
-    manifest = read_manifest(folder)
-    check_bytes(folder, manifest)
-    data = fingerprint(manifest)
-    if model_config.tokenizer not in ("", tokenizer_id(data)):
-        raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset {config.dataset} holds "
-                        f"{tokenizer_id(data)[:20]} tokens: prepare it again with the model's --tokenizer")
-    if model_config.vocab_size not in (ModelConfig.vocab_size, manifest["vocab_size"]):
-        raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {manifest['vocab_size']}: leave it out")
-    model_config.vocab_size, model_config.tokenizer = manifest["vocab_size"], tokenizer_id(data)
-    train_files, val_files = (open_split(folder, manifest, split) for split in ("train", "val"))
+    data = Dataset(Path(config.data_dir) / config.dataset)
+    data.give_vocabulary(model_config)
     device = pick_device(config.device)
     # Two processes in one folder would each rename over what the other saved. Evaluating only reads.
     with nullcontext() if config.eval_only or RANK else locked(Path(config.out_dir), "train.py", "--out_dir"):
-        train_or_evaluate(config, model_config, manifest, data, train_files, val_files, device)
+        checkpoint = find_checkpoint(config, model_config, data.fingerprint)
+        config.precision = gather(pick_precision(config.precision, device))[0]     # a probe may differ between machines
+        if device.type == "cuda" and config.precision == "bf16":
+            torch.set_float32_matmul_precision("high")                            # bf16 values are exact in TF32
+        if config.eval_only:
+            evaluate_only(config, checkpoint, data, device)
+        elif checkpoint and is_finished(config, checkpoint["step"]):
+            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
+                "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
+            if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
+                plot(Path(config.out_dir))
+        else:
+            train(config, model_config, checkpoint, data, device)
 
 
-def train_or_evaluate(config, model_config, manifest, data, train_files, val_files, device):
-    checkpoint = find_checkpoint(config, model_config, data)
-    if config.eval_only:
-        model_config = ModelConfig(**checkpoint["model_config"])
-    elif checkpoint and is_finished(config, checkpoint["step"]):
-        say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
-            "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
-        return None if RANK or Path(config.out_dir, "loss.png").exists() else plot(Path(config.out_dir))
-    Windows(val_files, model_config.seq_len, 0)                                   # complain now, not at the first evaluation
-    config.precision = gather(pick_precision(config.precision, device))[0]         # a probe may differ between machines
-    if device.type == "cuda" and config.precision == "bf16":
-        torch.set_float32_matmul_precision("high")                                # bf16 values are exact in TF32
-    if config.eval_only:
-        model = load_model(checkpoint, device)
-        compile_blocks(model, config.compile, device)
-        result = {"step": checkpoint["step"]} | evaluate(model, val_files, manifest, config, device)
-        return print(json.dumps(result)) if RANK == 0 else None
+def evaluate_only(config, checkpoint, data, device):
+    model = load_model(checkpoint, device)
+    compile_blocks(model, config.compile, device)
+    result = {"step": checkpoint["step"]} | evaluate(model, data.val, data.manifest, config, device)
+    if RANK == 0:
+        print(json.dumps(result))
 
-    windows = Windows(train_files, model_config.seq_len, config.seed)
-    source = load_pretrained(config.init_from) if config.init_from and not checkpoint else None
-    torch.manual_seed(config.seed)
+
+def train(config, model_config, checkpoint, data, device):
+    Windows(data.val, model_config.seq_len, 0)                                    # complain now, not at the first evaluation
     run = Run(config, model_config, data, device)
     if checkpoint:
         run.restore(checkpoint)
-    if source:
-        take_weights(run.model, source, config.init_from)
+    elif config.init_from:
+        source = load_pretrained(config.init_from)
+        start_from(run.model, source, config.init_from)
         if model_config != source.config:
-            result = evaluate(source.to(device), val_files, manifest, config, device)
+            result = evaluate(source.to(device), data.val, data.manifest, config, device)
             say(f"{config.init_from} itself: val_loss {result['val_loss']:.4f}")
     compile_blocks(run.model, config.compile, device)
     run.spread()
     run.open_folder(fresh=not checkpoint)
-    tokens = config.batch_size * model_config.seq_len
     say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
-        f"{tokens:,} tokens a step, {tokens * config.max_steps / windows.tokens:.2g} epochs"
+        f"{run.tokens_per_step:,} tokens a step, {run.tokens_per_step * config.max_steps / run.windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1) + f", continuing at step {run.step}" * bool(run.step))
-    run.train(windows, val_files, manifest)
+    run.train()
     say(f"done: python sample.py --out_dir={run.out_dir}")
-
-
-def is_finished(config, step):
-    """Is the last step made, and its evaluation, which comes after the save, in the log?"""
-    records = Log.read(Path(config.out_dir, "metrics.jsonl"))
-    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
-
-
-def load_optimizer(optimizer, state):
-    """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, state["param_groups"]):
-        group["lr"] = saved["lr"]                                                 # best.pt may be saved before the next step
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-
-def keep(latest, step, count):
-    """Keeps latest under a second name too, and deletes the oldest such names beyond count - 1 before it."""
-    if count == 1:
-        return
-    name = latest.with_name(f"ckpt-{step:08}.pt")
-    with replacing(name) as temporary:
-        try:
-            os.link(latest, temporary)
-        except OSError:                                                           # a file system without hard links
-            shutil.copyfile(latest, temporary)
-    for old in sorted(name.parent.glob("ckpt-*.pt"))[:-count]:
-        old.unlink()
-
-
-def stop_at_signals():
-    """A list that stays empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
-    received = []
-
-    def handler(number, frame):
-        received.append(number)
-        if WORLD == 1:                                                            # torchrun may pass on one Ctrl-C twice
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if RANK == 0:
-            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
 
 
 if __name__ == "__main__":

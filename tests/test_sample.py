@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import prepare
 import sample
-import train
 from configurator import command
 from model import LM, ModelConfig
 
@@ -28,7 +28,7 @@ def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **option
     model, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
     torch.nn.init.normal_(model.embed.weight, std=0.2)                             # not quite uniform
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict.fromkeys(train.CHECKPOINT) | {"model": model.state_dict(), "model_config": config, "data": data},
+    torch.save(dict.fromkeys(checkpoint.CHECKPOINT) | {"model": model.state_dict(), "model_config": config, "data": data},
                folder / "ckpt.pt")
 
 
@@ -142,7 +142,7 @@ def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
 def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    lm = train.load_pretrained("out")
+    lm = checkpoint.load_pretrained("out")
     lm.save_pretrained("shared")
     again = LM.from_pretrained("shared")
     assert again.unembed.weight is again.embed.weight and again.config == lm.config != ModelConfig()

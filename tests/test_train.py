@@ -24,9 +24,12 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import machine
 import prepare
 import train
-from configurator import command
+from checkpoint import CHECKPOINT, Log, load_checkpoint, replacing
+from configurator import UserError, command
 from model import LM, ModelConfig
 
 PROGRAM = Path(train.__file__)
@@ -198,12 +201,12 @@ def test_a_signal_saves_and_the_same_command_goes_on_byte_for_byte(run, tmp_path
     if best == 6:
         monkeypatch.setattr(train, "evaluate", worse)
     flags = f"--dropout={dropout}", "--keep_last=2"
-    assert run(*flags, at="undisturbed").code == 0 and train.load_checkpoint(Path("out/best.pt"))["step"] == best
+    assert run(*flags, at="undisturbed").code == 0 and load_checkpoint(Path("out/best.pt"))["step"] == best
     for step in (4, 5, 11):                                                       # a plain one, a save, the last
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), number))
             assert run(*flags).code == 128 + number
-        assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == step + 1
+        assert load_checkpoint(Path("out/ckpt.pt"))["step"] == step + 1
     Path("out/ckpt-00000012.pt").unlink()                                         # as if killed before it got this name
     assert run(*flags).code == 0
     assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
@@ -217,7 +220,7 @@ def test_a_second_interrupt_leaves_at_once_with_the_last_checkpoint_whole(run, t
         at_step(patch, 4, lambda: patch.setattr(torch, "save", lambda *args: (save(*args), interrupt())))
         result = run()
     assert result.code == 130 and result.err.endswith("train.py: interrupted\n") and "Traceback" not in result.err
-    assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
     assert run().code == 0 and contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
 
@@ -270,7 +273,7 @@ def die(place, n, rng):
     """From now on, the nth call of a function that makes files durable is this process's last: before it, after it, or
     with half of its bytes written."""
     when, name = place.split()
-    owner = {"save": torch, "write": train.Log}.get(name, os)
+    owner = {"save": torch, "write": Log}.get(name, os)
     original, calls = getattr(owner, name), itertools.count(1)
 
     def dying(*args, **options):
@@ -357,7 +360,7 @@ def test_two_processes_train_the_run_of_one_up_to_rounding(run, torchrun, tmp_pa
     assert len(one) == len(two) == 14
     for mine, theirs in zip(one, two):
         assert mine == pytest.approx(theirs, rel=1e-5)
-    mine, theirs = (train.load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
+    mine, theirs = (load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
     assert mine["model"].keys() == theirs["model"].keys()
     assert all(torch.allclose(mine["model"][name], theirs["model"][name], atol=1e-5) for name in mine["model"])
 
@@ -375,7 +378,7 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
     assert len(one) == len(two) == 14 and any(r.get("grad_norm", 0) > 0.6 for r in one[6:])  # clipped
     for mine, theirs in zip(one, two):
         assert mine == pytest.approx(theirs, rel=1e-5)
-    mine, theirs = (train.load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
+    mine, theirs = (load_checkpoint(folder / "out/ckpt.pt") for folder in (tmp_path / "one", tmp_path))
     for mine, theirs in ((mine["model"], theirs["model"]), *zip(*(c["optimizer"]["state"].values() for c in (mine, theirs)))):
         assert mine.keys() == theirs.keys()
         assert all(type(theirs[name]) is torch.Tensor for name in mine)
@@ -404,7 +407,7 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
         err = process.communicate(timeout=60)[1]
         words = "train.py: another process of this run has died" if number == signal.SIGKILL else "stopped at step"
         assert process.returncode == 1 and err.count(words) == 1 and "Error: [" not in err, err
-        step = train.load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
+        step = load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
         assert step < 300 and not (tmp_path / "run/out/loss.png").exists()
         process = torchrun("--out_dir=run/out", "--max_steps=300", restarts=number == signal.SIGTERM)
     kill_after_a_save(1, signal.SIGKILL)                                          # and torchrun starts it again
@@ -415,7 +418,7 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
         folder.pop("loss.png")                                                    # it names the folder
     assert not [name for name in mine if name.endswith(".tmp")]
     assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
-    mine, theirs = (train.load_checkpoint(tmp_path / name / "out/ckpt.pt")["model"] for name in ("run", "undisturbed"))
+    mine, theirs = (load_checkpoint(tmp_path / name / "out/ckpt.pt")["model"] for name in ("run", "undisturbed"))
     assert same(mine, theirs)
 
 
@@ -480,8 +483,8 @@ def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkey
     (tmp_path / "run/out").rename(tmp_path / "run/moved")
     result = run("--out_dir=moved", "--grad_accum=2", "--log_interval=4", "--save_interval=5", "--keep_last=2")
     assert result.code == 0 and "continuing at step 5" in result.err
-    theirs = train.load_checkpoint(tmp_path / "undisturbed/out/ckpt.pt")["model"]
-    mine = train.load_checkpoint(Path("moved/ckpt.pt"))["model"]
+    theirs = load_checkpoint(tmp_path / "undisturbed/out/ckpt.pt")["model"]
+    mine = load_checkpoint(Path("moved/ckpt.pt"))["model"]
     assert all(torch.allclose(theirs[name], mine[name], atol=1e-5) for name in theirs)
 
 
@@ -567,7 +570,7 @@ def test_ids_above_the_vocabulary_and_files_that_change_under_the_run_end_it(run
             at_step(patch, 4, lambda: change(tmp_path / "data/gone/train.bin"))
             result = run(*flags, "--resume=false")
         assert result.code == 2 and "train.bin changed while it was being read" in result.err.splitlines()[-1]
-        assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3
+        assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -603,7 +606,7 @@ def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, monke
     calls, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), replace(old, new)))
-    with train.replacing(tmp_path / "file") as temporary:
+    with replacing(tmp_path / "file") as temporary:
         temporary.write_text("content")
     assert calls == ["file", "rename", "folder"] and (tmp_path / "file").read_text() == "content"
 
@@ -611,15 +614,15 @@ def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, monke
 def test_a_cut_or_flipped_checkpoint_is_refused_by_name_or_unharmed(run, refusal):
     run()
     path = Path("out/ckpt.pt")
-    whole, content, rng, unharmed = path.read_bytes(), train.load_checkpoint(path), random.Random(0), 0
+    whole, content, rng, unharmed = path.read_bytes(), load_checkpoint(path), random.Random(0), 0
     for i in range(400):
         path.write_bytes(whole[:rng.randrange(len(whole))] if i % 4 == 0 else whole)
         if i % 4:
             flip(path, rng.randrange(len(whole)), rng.randrange(8))
         try:
-            assert same(train.load_checkpoint(path), content) and i % 4 > 0         # only zip's padding has no checksum
+            assert same(load_checkpoint(path), content) and i % 4 > 0         # only zip's padding has no checksum
             unharmed += 1
-        except train.UserError as error:
+        except UserError as error:
             assert "out/ckpt.pt is damaged" in str(error)
     assert unharmed < 30
     path.write_bytes(whole[:len(whole) // 2])
@@ -634,7 +637,7 @@ class Trap:
 @pytest.mark.parametrize("content, message", [
     (Trap(), "is damaged or not"), ({"model": Trap()}, "is damaged or not"), (5, "not a checkpoint"),
     ({"model": {}}, "it lacks best_loss, config, data"),
-    (dict.fromkeys(train.CHECKPOINT) | {"model_config": {"depht": 3}}, "another version of model.py: its model has")])
+    (dict.fromkeys(CHECKPOINT) | {"model_config": {"depht": 3}}, "another version of model.py: its model has")])
 def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(refusal, tmp_path, content, message):
     (tmp_path / "run/out").mkdir(parents=True)
     torch.save(content, tmp_path / "run/out/ckpt.pt")
@@ -655,7 +658,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_goes_on(run, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert result.code == 2 and f"cannot write out/{file}" in result.err.splitlines()[-1], result.err
-    assert train.load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
     assert run().code == 0 and contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
 
@@ -712,7 +715,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     poison(monkeypatch, range(4, 99), "loss")
     result = run("--max_skips=5")
     assert result.code == 2 and "5 steps in a row were skipped" in result.err.splitlines()[-1]
-    checkpoint = train.load_checkpoint(Path("out/ckpt.pt"))
+    checkpoint = load_checkpoint(Path("out/ckpt.pt"))
     assert checkpoint["step"] == 6 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
 
 
@@ -820,7 +823,7 @@ def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_p
     tmp_path.mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": null}\n{"step": 2, "tokens": 16, "lo')
     with monkeypatch.context() as patch:
-        patch.setattr(train, "say", lambda line: None)                             # capsys cannot hold this name
+        patch.setattr(checkpoint, "say", lambda line: None)                             # capsys cannot hold this name
         PLOT(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -873,12 +876,12 @@ def test_samples_change_nothing_of_the_run(run, tmp_path, monkeypatch):
             pass
     texts = []
     run("--dropout=0.2", at="without")
-    monkeypatch.setattr(train, "TensorBoard", Tracker)
+    monkeypatch.setattr(checkpoint, "TensorBoard", Tracker)
     run("--dropout=0.2", "--tensorboard", at="with")
     assert len(texts) == 2 and all(texts)
     mine, theirs = (contents(tmp_path / at) for at in ("with", "without"))
     assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
-    mine, theirs = (train.load_checkpoint(tmp_path / at / "out/ckpt.pt") for at in ("with", "without"))
+    mine, theirs = (load_checkpoint(tmp_path / at / "out/ckpt.pt") for at in ("with", "without"))
     assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
 
 
@@ -992,28 +995,28 @@ def test_muon_is_that_of_torch_up_to_its_bf16():
 def test_precision_auto_takes_bf16_only_where_it_is_faster(monkeypatch, capsys):
     cpu = torch.device("cpu")
     for speedup, auto in ((0.003, "fp32"), (1.2, "fp32"), (3.5, "bf16")):
-        monkeypatch.setattr(train, "bf16_speedup", lambda device: speedup)
-        assert [train.pick_precision(p, cpu) for p in ("auto", "fp32", "bf16")] == [auto, "fp32", "bf16"]
+        monkeypatch.setattr(machine, "bf16_speedup", lambda device: speedup)
+        assert [machine.pick_precision(p, cpu) for p in ("auto", "fp32", "bf16")] == [auto, "fp32", "bf16"]
         assert ("run at 0.003 times the speed of fp32" in capsys.readouterr().err) == (speedup < 1)
 
 
 def test_a_probe_that_answers_differently_later_does_not_change_the_run(run, monkeypatch):
-    monkeypatch.setattr(train, "bf16_speedup", lambda device: 1.0)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda device: 1.0)
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("--precision=auto").code == 143
-    monkeypatch.setattr(train, "bf16_speedup", lambda device: 9.0)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda device: 9.0)
     result = run("--precision=auto")
     assert result.code == 0 and "fp32 on cpu" in result.err and "continuing at step 5" in result.err
 
 
 def test_bf16_learns_and_its_checkpoint_is_fp32(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "bf16_speedup", lambda device: 0.01)
+    monkeypatch.setattr(machine, "bf16_speedup", lambda device: 0.01)
     result = run("--precision=bf16", at="bf16")
     run(at="fp32")
     assert "warning: bf16" in result.err and losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
-    checkpoint = train.load_checkpoint(tmp_path / "bf16/out/ckpt.pt")
+    checkpoint = load_checkpoint(tmp_path / "bf16/out/ckpt.pt")
     assert all(p.dtype == torch.float32 for p in checkpoint["model"].values())
 
 
@@ -1034,7 +1037,7 @@ def test_compiled_blocks_give_the_same_curve_and_plain_names(run, tmp_path):
     result = run("--compile", at="compiled")
     assert result.code == 0 and "not compiled" not in result.err
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    names = [train.load_checkpoint(tmp_path / at / "out/ckpt.pt")["model"].keys() for at in ("plain", "compiled")]
+    names = [load_checkpoint(tmp_path / at / "out/ckpt.pt")["model"].keys() for at in ("plain", "compiled")]
     assert names[0] == names[1]
 
 
@@ -1061,14 +1064,14 @@ def test_a_rank_in_the_environment_without_torchrun_does_not_silence_the_run():
 
 
 def weights(path):
-    return train.load_checkpoint(Path(path))["model"]
+    return load_checkpoint(Path(path))["model"]
 
 
 def test_fine_tuning_starts_from_the_weights_and_settings_of_the_source_with_a_fresh_optimiser(run, tmp_path):
     run("--max_steps=6", "--mlp=relu2")
     result = run("--init_from=out", "--out_dir=tuned", "--max_steps=3", "--lr=0", "--save_interval=1")
     assert result.code == 0 and "out: the same settings; kept" in result.err and "itself" not in result.err
-    source, tuned = train.load_checkpoint(Path("out/best.pt")), train.load_checkpoint(Path("tuned/ckpt.pt"))
+    source, tuned = load_checkpoint(Path("out/best.pt")), load_checkpoint(Path("tuned/ckpt.pt"))
     assert tuned["model_config"]["mlp"] == "relu2" and tuned["step"] == 3
     assert {float(s["step"]) for s in tuned["optimizer"]["state"].values()} == {3.0}     # not 9
     assert all(torch.equal(tuned["model"][key], source["model"][key]) for key in source["model"])

@@ -1,0 +1,126 @@
+"""What the programs share of the machine they run on: its device, precision, compiler and memory, and what they say.
+
+Nothing here needs to be known to follow training: train.py, sample.py, eval.py, bench.py and recall.py each ask for a
+device and a precision, and get the best there is, or one line that says what is missing.
+"""
+import ctypes
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+
+
+def pick_device(name):
+    """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; of several processes each takes a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
+    if WORLD > 1 and name == "cuda":
+        local, here = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes need a GPU each, and there are {torch.cuda.device_count()}: "
+                            "start fewer with --nproc_per_node, or take --device=cpu")
+        name = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): try --device=cpu") from None
+
+
+def keep_freed_memory():
+    """Has glibc reuse large blocks. By default it returns each to the kernel, which maps and zeroes it anew for the next
+    tensor: base trained at 441 tokens/s on two cores with that, and at 653 without."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):                                  # not glibc: macOS, Windows, musl
+        return
+    mallopt(-4, 0), mallopt(-1, -1)                                               # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def bf16_speedup(device):
+    """How many times faster a bf16 matrix product is than an fp32 one. On a CPU without bf16 units: far below 1."""
+    def seconds(dtype, size=768):
+        a = torch.randn(size, size, device=device).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            times.append(time.perf_counter() - start)
+            if times[-1] > 0.5:                                                   # a CPU that emulates bf16
+                break
+        return min(times)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def pick_precision(precision, device):
+    """"fp32" or "bf16". A CPU is probed: bf16 is several times faster with AMX or AVX512-BF16, and a trap without."""
+    if device.type == "cuda":
+        return precision if precision != "auto" else "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp32" or (precision == "auto" and device.type != "cpu"):
+        return "fp32"
+    speedup = bf16_speedup(device)
+    if precision == "bf16" and speedup < 1:
+        say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; --precision=fp32 is faster")
+    return "bf16" if precision == "bf16" or speedup > 1.5 else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_blocks(model, wanted, device):
+    """Compiles each block (one compilation serves equal ones) and the loss, in place, or says in one line why not."""
+    if wanted is False or wanted == "auto" and device.type != "cuda":
+        return
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no C compiler, no Triton, an unsupported Python: all different, all harmless
+        say(f"not compiled, which is slower but the same: {(str(error).strip() or repr(error)).splitlines()[0]}")
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.softmax_loss = torch.compile(model.softmax_loss, dynamic=False)
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took on a GPU, the most that this process took on a CPU (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def out_of_memory(mend):
+    """Turns any of the errors for want of memory into one line that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                                  # numpy's; CUDA's, MPS's, the CPU's
+        known = ("out of memory", "DefaultCPUAllocator")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
+            raise
+        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {mend}") from None
+
+
+def say(line):
+    if RANK == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def progress(*args, **options):
+    """A progress bar, of one process and on a terminal only."""
+    return tqdm(*args, disable=True if RANK else None, **options)
