@@ -106,13 +106,19 @@ def load_pretrained(source, device="cpu"):
         raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # a line for each retry: ours is enough
     try:
+        from huggingface_hub import hf_hub_download
         with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
-            return LM.from_pretrained(source, strict=True).to(device)
-    except (AttributeError, ImportError):
+            settings = path / "config.json" if path.is_dir() else hf_hub_download(source, "config.json")
+            unknown = json.loads(Path(settings).read_bytes()).keys() - SETTINGS   # from_pretrained would leave them out
+            model = LM.from_pretrained(source, strict=True).to(device)
+    except ImportError:
         raise UserError(f"{source} holds no checkpoint; to read shared models: pip install huggingface_hub safetensors") from None
     except Exception as error:  # a missing file, no network, another kind of model: each its own exception type
         raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging Face "
                         f"hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    if unknown:
+        raise UserError(f"{source} is of another version of model.py: its config.json has {', '.join(sorted(unknown))}")
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cpu":
         keep_freed_memory()
+    if WORLD > 1 and name.startswith("cuda:"):
+        raise UserError(f"device={name} would put all processes on one GPU: leave it out, or take --device=cuda")
     if WORLD > 1 and name == "cuda":
         local, here = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         if here > torch.cuda.device_count():

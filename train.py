@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from checkpoint import (Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot, tokenizer_id,
                         wanted_trackers)
@@ -395,6 +394,16 @@ class Windows:
         self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
         self.ends = np.cumsum(self.counts)
         self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
+        self.stats = [self.stat(f) for f in self.files]
+
+    @staticmethod
+    def stat(file):
+        """Size and time of the last change of what is under a file's name now, or None."""
+        try:
+            stat = os.stat(file.filename)
+            return stat.st_size, stat.st_mtime_ns
+        except OSError:
+            return None
 
     @lru_cache(maxsize=2)
     def epoch(self, epoch):
@@ -409,11 +418,9 @@ class Windows:
         window = (stride * i + first) % self.total
         file = int(np.searchsorted(self.ends, window, side="right"))
         start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
-        tokens = self.files[file]
-        path = Path(tokens.filename)
-        if not path.exists() or path.stat().st_size != tokens.nbytes:             # reading past its end would be a SIGBUS
-            raise UserError(f"{path} changed while it was being read: restore it, then resume")
-        return tokens[start:start + self.seq_len + 1]
+        if self.stat(self.files[file]) != self.stats[file]:                       # reading past its end would be a SIGBUS
+            raise UserError(f"{self.files[file].filename} changed while it was being read: restore it, then resume")
+        return self.files[file][start:start + self.seq_len + 1]
 
     def batch(self, numbers, vocab_size, device):
         """(inputs, targets), both (len(numbers), seq_len) int64 on the device."""

@@ -28,7 +28,7 @@ import checkpoint
 import machine
 import prepare
 import train
-from checkpoint import CHECKPOINT, Log, load_checkpoint, replacing
+from checkpoint import CHECKPOINT, Log, load_checkpoint
 from configurator import UserError, command
 from model import LM, ModelConfig
 
@@ -181,6 +181,22 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path):
     assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_reading_batches_for_10000_steps_takes_no_more_memory(tmp_path):
+    """Of this process's own: pages of the files that are still in memory are the system's, to take back at any time."""
+    def own():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    for i in range(2):
+        with open(tmp_path / f"{i}.bin", "wb") as file:
+            file.truncate(2 * 10**8)
+    windows = train.Windows([np.memmap(tmp_path / f"{i}.bin", "<u2", "r") for i in range(2)], 256, seed=1)
+    for step in range(10_000):
+        windows.batch(range(4 * step, 4 * step + 4), 2, torch.device("cpu"))
+        if step == 500:
+            before = own()
+    assert own() - before < 2_000                                                 # the batches are 82,000 kB
+
+
 def test_grad_accum_gives_the_same_loss_curve(run, tmp_path):
     for pieces in (1, 2, 4):
         assert run(f"--grad_accum={pieces}", at=str(pieces)).code == 0
@@ -222,6 +238,17 @@ def test_a_second_interrupt_leaves_at_once_with_the_last_checkpoint_whole(run, t
     assert result.code == 130 and result.err.endswith("train.py: interrupted\n") and "Traceback" not in result.err
     assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and not list(Path("out").glob("*.tmp"))
     assert run().code == 0 and contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
+
+
+def test_a_step_is_saved_before_its_evaluation_which_a_kill_may_end(run, tmp_path, monkeypatch):
+    def die(*args):
+        raise KeyboardInterrupt
+    run(at="undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", die)
+        assert run("--save_interval=99").code == 130
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 6
+    assert run().code == 0 and records(tmp_path / "run") == records(tmp_path / "undisturbed")
 
 
 PLACES = ["clock", "clock", "before fsync", "after fsync", "before replace", "after replace", "after link",
@@ -287,9 +314,8 @@ def die(place, n, rng):
     setattr(owner, name, dying)
 
 
-def test_killed_at_random_moments_the_run_comes_out_byte_for_byte_the_same(data, tmp_path):
-    """KILLS=200 for the long version."""
-    kills = int(os.environ.get("KILLS", 24))
+@pytest.mark.parametrize("kills", [24, pytest.param(200, marks=pytest.mark.long)])
+def test_killed_at_random_moments_the_run_comes_out_byte_for_byte_the_same(data, tmp_path, kills):
     flags = [*MODEL, *RUN, "--max_steps=80", "--eval_interval=10", "--save_interval=2", "--keep_last=2",
              "--dropout=0.2", "--optimizer=muon", f"--data_dir={data}", "--out_dir=out"]
     driver = f"from test_train import *; kill_at_random(Path({str(tmp_path)!r}), {flags!r}, {kills}, seed={kills})"
@@ -383,6 +409,12 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
         assert mine.keys() == theirs.keys()
         assert all(type(theirs[name]) is torch.Tensor for name in mine)
         assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(machine, "WORLD", 2)
+    with pytest.raises(UserError, match="device=cuda:1 would put all processes on one GPU: leave it out"):
+        machine.pick_device("cuda:1")
 
 
 @pytest.mark.parametrize("flags", [["--shard"], ["--shard", "--optimizer=muon"]])
@@ -563,7 +595,7 @@ def test_a_bad_dataset_is_found_before_training(refusal, tmp_path):
 def test_ids_above_the_vocabulary_and_files_that_change_under_the_run_end_it(run, tmp_path, monkeypatch):
     result = run(*write_dataset(tmp_path / "data/big", train=[300] * 200))
     assert result.code == 2 and "token 300 in the data is not below vocab_size=257" in result.err.splitlines()[-1]
-    for change in (lambda path: os.truncate(path, 100), Path.unlink):
+    for change in (lambda path: os.truncate(path, 100), Path.unlink, lambda path: flip(path, 100)):
         shutil.rmtree(tmp_path / "data")
         flags = write_dataset(tmp_path / "data/gone")
         with monkeypatch.context() as patch:
@@ -606,7 +638,7 @@ def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, monke
     calls, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), replace(old, new)))
-    with replacing(tmp_path / "file") as temporary:
+    with prepare.replacing(tmp_path / "file") as temporary:
         temporary.write_text("content")
     assert calls == ["file", "rename", "folder"] and (tmp_path / "file").read_text() == "content"
 
@@ -1121,3 +1153,18 @@ def test_a_source_that_does_not_fit_is_one_line(run, refusal, monkeypatch, tmp_p
     write_dataset(Path("other"), tokenizer_hash="another")
     assert message in refusal(*flags)
     assert not Path("new/ckpt.pt").exists()
+
+
+def test_a_shared_model_with_settings_that_we_do_not_know_is_refused(run, refusal):
+    pytest.importorskip("safetensors")
+    run("--max_steps=1")
+    checkpoint.load_pretrained("out").save_pretrained("shared")
+    settings = json.loads(Path("shared/config.json").read_text())
+    Path("shared/config.json").write_text(json.dumps(settings | {"depht": 3, "rope_scale": 2}))
+    assert "another version of model.py: its config.json has depht, rope_scale" in refusal("--init_from=shared", "--out_dir=new")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(run, refusal, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)                    # without: the same after 25 s
+    assert "nor one that the Hugging Face hub gives (" in refusal("--init_from=someone/model", "--out_dir=new")
