@@ -1,5 +1,6 @@
 """What model.py says plainly, faster or in less memory: the same numbers. The chunked form on a GPU, in Triton; softmax
-attention; the loss without all of its logits; decoding as one CUDA graph. Nothing here needs a GPU or Triton to import.
+attention over a window in blocks; the loss without all of its logits; decoding as one CUDA graph. Triton and a GPU are
+used where they are, never required.
 
 Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
 again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
@@ -20,8 +21,8 @@ delta rule, X = (I + tril(b K K^T D, -1))^{-1}:
 
 Scans run in parallel over batch, head and blocks of V; the others over chunks too. Nothing else is kept for backward: P
 and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y = Y / z with z = exp(c) Q Z_0 + P 1,
-where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope turns
-the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
+where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope
+turns the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
 """
 import contextlib
 import functools
@@ -201,8 +202,8 @@ def row_dots(y, dy, z, dz, H, T, V: tl.constexpr, C: tl.constexpr, BV: tl.conste
 
 @jit
 def scan_backward(q, k, qz, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T, N, K: tl.constexpr,
-                  V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
-                  NORM: tl.constexpr, PREC: tl.constexpr):
+                  V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+                  DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
     """dS_0 = exp(c_C) dS_1 + Q^T exp(c) dY - K^T exp(c) b dX, last chunk first; writes each dS_1 (and dZ_1).
 
     The last term is the delta rule's: dX = X^T (P^T dY + exp(c_C - c) K dS_1), the gradient of b R, left where dv goes.
@@ -243,8 +244,8 @@ def scan_backward(q, k, qz, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, 
 
 @jit
 def gradients(q, k, v, qz, kz, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, dqz, dkz, dg, db, H, T, N,
-              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-              DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
+              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+              DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
     """All gradients of one chunk, given S_0 and dS_1. With dP = tril(dY U^T) D and e the exponentials of decays():
 
         dQ = e dY S_0^T + dP K         dV = P^T dY + e K dS_1                               (delta rule: dV = b dX)
@@ -441,8 +442,8 @@ def _backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chun
             q, k, qz, x, g, b, z, dz, dy, _view(dfinal), dends_, dzs, _view(dv), _view(dstate), H, T, N, BV=scanned,
             **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
         gradients[N, B * H](
-            q, k, v, qz, kz, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dqz, dkz, dg,
-            db, H, T, N, BV=columns, **sizes | flags | dict(num_warps=4 if sizes["BK"] == 64 else 8), num_stages=1)
+            q, k, v, qz, kz, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dqz, dkz,
+            dg, db, H, T, N, BV=columns, **sizes | flags | dict(num_warps=4 if sizes["BK"] == 64 else 8), num_stages=1)
     return grads
 
 
@@ -510,7 +511,7 @@ def check_shapes(q, k, v, log_decay, beta, state, K, divide_by):
 
 
 def available(q, v, expand=None):
-    """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, and widths where they are fast."""
+    """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, widths where they are fast."""
     K = q.shape[-1] if expand is None else expand.phi(torch.empty(1, q.shape[-1], device="meta")).shape[-1]
     return (triton is not None and q.is_cuda and torch.version.hip is None
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and K <= 128 and v.shape[-1] <= 256
@@ -525,7 +526,7 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32, one column more with divide_by.
     Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
     """
-    norm = divide_by is not None                                                  # bool() of a tuple breaks torch 2.11's graph
+    norm = divide_by is not None                                                  # torch 2.11 traces no bool(tuple)
     own = norm and divide_by[0] is q and divide_by[1] is k
     qz, kz = divide_by if norm and not own else (None, None)
     if expand is not None:
@@ -562,7 +563,7 @@ def remade(attend):
 
 
 def softmax_attention(q, k, v, causal=True, window=None):
-    """Softmax attention of q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d), over all tokens or the last `window`."""
+    """Softmax attention of q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d), over all or the last `window`."""
     T, tokens = q.shape[2], k.shape[2]
     if window is not None and tokens > window:
         return _window_attention(q, k, v, window, tokens - T)
@@ -593,7 +594,7 @@ def _window_attention(q, k, v, w, past):
 
 
 def softmax_loss(logits, targets, vocab_size, with_grad):
-    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in logits' dtype; targets of -1 do not count."""
+    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in their dtype; -1 doesn't count."""
     dtype, counted = logits.dtype, (targets >= 0)[:, None]
     targets = targets.clamp(min=0)[:, None]
     logits = logits.to(torch.promote_types(dtype, torch.float32))
@@ -636,8 +637,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_loss, chunk=None):
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
-    Args: x (rows,dim); weight (vocab_size or more,dim), rows past the vocabulary are padding; targets (rows,), -1 is not
-      counted; softmax_loss, or a compiled one; chunk, rows at once, by default 512 MB of bf16 on a GPU, 128 MB of fp32 else.
+    Args: x (rows,dim); weight (vocab_size or more,dim), rows past the vocabulary are padding; targets (rows,), of which
+      -1 is not counted; softmax_loss, or a compiled one; chunk, rows at once: 512 MB of bf16 on a GPU, 128 of fp32.
     """
     chunk = chunk or max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
     return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softmax_loss, chunk, torch.is_grad_enabled())
@@ -648,7 +649,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_lo
 
 
 def recorded(step):
-    """step(idx, state) -> (logits, state) that becomes a CUDA graph after a step of one token with a state of fixed shapes."""
+    """step(idx, state) -> (logits, state), a CUDA graph once a step of one token left the shapes of its state alone."""
     graph = None
 
     def shapes(state):
@@ -666,15 +667,16 @@ def recorded(step):
 
 
 def cuda_graph(step, idx, state):
-    """step(idx, state) -> (logits, state) as one recorded CUDA graph: a step is many kernels shorter than their launches.
+    """step(idx, state) -> (logits, state) as one CUDA graph: a step is many kernels, shorter than their launches.
 
     The state stays in one place and is updated there, so its shapes must not change from step to step.
     """
     idx, state = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (idx, state))
-    autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    autocast = torch.autocast("cuda", dtype, enabled, cache_enabled=False)
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), autocast:                                       # once before, for what is set up lazily
+    with torch.cuda.stream(side), autocast:                                       # first, what is set up lazily
         step(idx, state)
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph), autocast:

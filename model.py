@@ -548,7 +548,7 @@ class LM(nn.Module, Shared):
         config, T = self.config, idx.shape[1]
         require(state is None or config.causal, "causal=False reads a text whole: there is no state to go on from")
         require(T > 0, "there must be at least one token to read")
-        state = state or {"tokens": torch.zeros_like(idx[0, 0]), "layers": [None] * config.depth}
+        state = state or {"tokens": idx.new_zeros(()), "layers": [None] * config.depth}
         past = state["tokens"]
         positions = past + torch.arange(T, device=idx.device)
         x = self.embed(idx)
