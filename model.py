@@ -12,6 +12,7 @@ The letters, and what the papers call them. Sizes are capitals, and so are matri
   b         write strength of the delta rule, beta_t in [4, 5, 6]
   g         log decay, log gamma in [3], log alpha_t in [6];  G its running sum inside a chunk
   D         what token i still sees of token j: exp(G_i - G_j) for i >= j, else 0 [3, Eq. 5]
+  Y, Q, A, W  a chunk as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W [5, Eq. 8, 9]
 
   [1] Katharopoulos et al. 2020, Transformers are RNNs, arXiv 2006.16236
   [2] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
@@ -220,7 +221,7 @@ def _chunk(q, k, v, log_decay, beta, expand):
     """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W to the next.
 
     Plain: Y = P v, Q = q, A = 1, W = k^T v, with P = (q k^T) D, and q, k, A decayed since the start or until the end.
-    Delta rule: what is written is not v but u - w S; (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 11].
+    Delta rule: what is written is not v but u - w S; (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 10].
     Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
     """
     phi_q, phi_k, D = expand.phi(q), expand.phi(k), None
