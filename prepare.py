@@ -214,14 +214,11 @@ def local_sources(paths, val_fraction):
     if len(held_out) == len(paths):
         raise UserError(f"--data_files: the names of all {len(paths)} files say validation, none is left to train on")
     few = all(path.endswith(".txt") for path in paths) and len(paths) * val_fraction < 5
-    total, sources = 0, []
-
-    def group(path):  # every .txt file is one document, maybe a short one; a .bin should be longer than a context
-        nonlocal total
-        total += os.path.getsize(path)
-        return (path in held_out, total // TXT_GROUP) if path.endswith(".txt") else path
-
-    for number, (_, members) in enumerate(itertools.groupby(paths, group)):
+    # every .txt file is one document, maybe a short one; a .bin should be longer than a context
+    ends = itertools.accumulate(map(os.path.getsize, paths))
+    group = {path: (path in held_out, end // TXT_GROUP) if path.endswith(".txt") else path for path, end in zip(paths, ends)}
+    sources = []
+    for number, (_, members) in enumerate(itertools.groupby(paths, group.get)):
         members = list(members)
         kind = ("val" if members[0] in held_out else "train") if held_out else "both"
         name = os.path.basename(members[0]) + f" and {len(members) - 1} more" * (len(members) > 1)

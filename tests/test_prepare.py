@@ -303,6 +303,8 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
         run(tmp_path, f"--dataset=d{i}", f"--data_files={files}")
         splits.append([texts_of(tmp_path / f"data/d{i}", split) for split in ("train", "val")])
     assert all(split == splits[0] for split in splits) and sorted(sum(splits[0], [])) == sorted(texts)
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(200)}), tmp_path / "ids.parquet")
+    assert "ids.parquet has no column text" in refusal(tmp_path, "--dataset=ids", "--data_files=ids.parquet")
     assert 1 <= len(splits[0][1]) <= 40
 
 
