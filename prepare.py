@@ -675,6 +675,8 @@ def encode_all(config, options, sources):
                 bar.update(sum(progress[1::2]) - bar.n)
                 for future in done:
                     future.result()
+            for worker in multiprocessing.active_children():  # all is done; one killed while it waited would hang the rest
+                worker.kill()
         except futures.process.BrokenProcessPool:
             raise UserError("a worker process was killed, perhaps for want of memory: try fewer --processes; the same "
                             "command continues where this one stopped") from None
