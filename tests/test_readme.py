@@ -134,9 +134,12 @@ def run(words, monkeypatch, capfd):
     if program == "prepare.py" and not re.search("tokenizer|verify|stdlib", given):
         flags += ["--tokenizer=bytes"]                                            # gpt2's vocabulary may be far
         flags += ["--data_files=c4/*.gz"] * ("data_files" not in given)
-    if words[0] == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *words[1:at], "--nproc_per_node=2"]
-        result = subprocess.run([*torchrun, ROOT / program, *flags, "--resume=false"], capture_output=True, text=True)
+    if words[0] == "torchrun" or "wandb" in given:                                # W&B stays in the first folder
+        start = [sys.executable]
+        if words[0] == "torchrun":
+            start += ["-m", "torch.distributed.run", *words[1:at], "--nproc_per_node=2"]
+            flags += ["--resume=false"]                                           # without torchrun it came first
+        result = subprocess.run([*start, ROOT / program, *flags], capture_output=True, text=True)
         return result.returncode, result.stdout + result.stderr
     capfd.readouterr()
     code = 0
