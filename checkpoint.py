@@ -24,7 +24,8 @@ from machine import say
 from model import LM, ModelConfig
 from prepare import replacing
 
-CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss", "recent_losses", "skips"}
+CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss",
+              "recent_losses", "skips"}
 SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -54,7 +55,7 @@ def plain(value):
 
 def load_file(path, device="cpu"):
     """What torch.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
-    with zipfile.ZipFile(path) as archive:                                        # torch.load does not look at checksums
+    with zipfile.ZipFile(path) as archive:                                        # torch.load looks at no checksums
         if bad := archive.testzip():
             raise UserError(f"checksum of {bad} does not match")
     return torch.load(path, map_location=device, weights_only=True)
@@ -82,7 +83,8 @@ def load_weights(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError(f"the checkpoint holds a model of another shape: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the checkpoint holds a model of another shape: "
+                        f"{' '.join(str(error).split())[:200]}") from None
 
 
 def load_model(checkpoint, device):
@@ -97,14 +99,14 @@ def tokenizer_id(data):
 
 
 def load_pretrained(source, device="cpu"):
-    """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or a repository of the Hugging Face hub."""
+    """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or one of the Hugging Face hub."""
     path = Path(source)
     files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
     if files:
         return load_model(load_checkpoint(files[0]), device)
     if not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):     # out/bsae: the hub need not be asked
         raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # a line for each retry: ours is enough
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # its lines on retries: ours is enough
     try:
         from huggingface_hub import hf_hub_download
         with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
@@ -112,10 +114,11 @@ def load_pretrained(source, device="cpu"):
             unknown = json.loads(Path(settings).read_bytes()).keys() - SETTINGS   # from_pretrained would leave them out
             model = LM.from_pretrained(source, strict=True).to(device)
     except ImportError:
-        raise UserError(f"{source} holds no checkpoint; to read shared models: pip install huggingface_hub safetensors") from None
+        raise UserError(f"{source} holds no checkpoint; to read shared models: "
+                        "pip install huggingface_hub safetensors") from None
     except Exception as error:  # a missing file, no network, another kind of model: each its own exception type
-        raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging Face "
-                        f"hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging "
+                        f"Face hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
     if unknown:
         raise UserError(f"{source} is of another version of model.py: its config.json has {', '.join(sorted(unknown))}")
     return model
@@ -126,7 +129,7 @@ def load_pretrained(source, device="cpu"):
 
 
 class Log:
-    """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after that step."""
+    """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after it."""
 
     def __init__(self, path, step, trackers=()):
         self.path, self.trackers = path, trackers
@@ -161,7 +164,7 @@ class Log:
 
 
 class TensorBoard:
-    """Everything that metrics.jsonl gets, under the same names, for `tensorboard --logdir=out`; samples; the loss curve."""
+    """What metrics.jsonl gets, under the same names, for `tensorboard --logdir=out`; samples; the loss curve."""
 
     package = "tensorboard"
 
@@ -196,8 +199,8 @@ class WandB:
         import wandb
         self.wandb, path = wandb, run.out_dir / "wandb_id"
         try:
-            self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir), resume="allow",
-                                  id=path.read_text() if path.exists() and not fresh else None,
+            self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir),
+                                  resume="allow", id=path.read_text() if path.exists() and not fresh else None,
                                   config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
         except Exception as error:  # no account, no network, a project that is not theirs: each its own type
             reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -244,7 +247,8 @@ def plot(out_dir):
         points = [(r["tokens"], r[key]) for r in records if key in r]
         axes.plot(*zip(*points), label=key, **style) if points else None
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.set_title(str(out_dir).encode(errors="replace").decode(), parse_math=False)  # names may hold $ and broken characters
+    title = str(out_dir).encode(errors="replace").decode()                        # names may hold broken characters, $
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(out_dir / "loss.png") as temporary:

@@ -1,18 +1,21 @@
-"""What the programs share of the machine they run on: its device, precision, compiler and memory, and what they say.
+"""The machine that the programs run on: its device, precision, compiler and memory; the processes of torchrun.
 
-Nothing here needs to be known to follow training: train.py, sample.py, eval.py, bench.py and recall.py each ask for a
-device and a precision, and get the best there is, or one line that says what is missing.
+Nothing here needs to be known to follow training: train.py, sample.py, eval.py, bench.py and recall.py ask for a device
+and a precision, and get the best there is, or one line that says what is missing.
 """
+import atexit
 import ctypes
 import os
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, command
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
@@ -37,12 +40,13 @@ def pick_device(name):
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): try --device=cpu") from None
+        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): "
+                        "try --device=cpu") from None
 
 
 def keep_freed_memory():
-    """Has glibc reuse large blocks. By default it returns each to the kernel, which maps and zeroes it anew for the next
-    tensor: base trained at 441 tokens/s on two cores with that, and at 653 without."""
+    """Has glibc reuse large blocks. By default it returns each to the kernel, which maps and zeroes it anew for the
+    next tensor: base trained at 441 tokens/s on two cores with that, and at 653 without."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):                                  # not glibc: macOS, Windows, musl
@@ -73,7 +77,8 @@ def pick_precision(precision, device):
         return "fp32"
     speedup = bf16_speedup(device)
     if precision == "bf16" and speedup < 1:
-        say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; --precision=fp32 is faster")
+        say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; "
+            "--precision=fp32 is faster")
     return "bf16" if precision == "bf16" or speedup > 1.5 else "fp32"
 
 
@@ -126,3 +131,67 @@ def say(line):
 def progress(*args, **options):
     """A progress bar, of one process and on a terminal only."""
     return tqdm(*args, disable=True if RANK else None, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processes that torchrun starts, each of which runs the program on its share of every batch
+
+
+@contextmanager
+def processes():
+    """Joins the processes of the run. The first of them that fails says why; the others then end without a word."""
+    if WORLD == 1:
+        yield
+        return
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if store.add("failed", 1) > 1:
+            os._exit(1)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError(f"another process of this run has died ({str(error).splitlines()[0][:100]}): "
+                            "the same command goes on from the last checkpoint") from None
+        raise
+    dist.destroy_process_group()
+
+
+def run_and_leave(main):
+    """command(main) for one of several processes, without Python's own end.
+
+    A thread of gloo lets go of the tensors of a finished collective a moment after the caller goes on. They are
+    Python's too; a thread that asks a Python that is ending for anything is ended, and C++ answers that with abort().
+    destroy_process_group does not wait for these threads (torch 2.13).
+    """
+    try:
+        command(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()                                                       # W&B ends its run there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def reduce(value, op=dist.ReduceOp.SUM, device="cpu"):
+    """The sum (or other op) of a number over all processes."""
+    if WORLD == 1:
+        return value
+    value = torch.as_tensor(value, device=device)
+    dist.all_reduce(value, op)
+    return value.item()
+
+
+def gather(value):
+    """The values that the processes have, in the order of their ranks."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values

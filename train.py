@@ -11,7 +11,6 @@ Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowe
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
-import atexit
 import dataclasses
 import hashlib
 import json
@@ -22,9 +21,8 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections import defaultdict, deque
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,11 +35,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot, tokenizer_id,
-                        wanted_trackers)
+from checkpoint import (Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot,
+                        tokenizer_id, wanted_trackers)
 from configurator import UserError, command, configure
-from machine import (RANK, WORLD, autocast, compile_blocks, out_of_memory, peak_memory, pick_device, pick_precision,
-                     progress, say)
+from machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
+                     pick_precision, processes, progress, reduce, run_and_leave, say)
 from model import LM, ModelConfig
 from prepare import bin_problems, load_tokenizer, locked, open_split, read_manifest, remake, replacing
 
@@ -51,9 +49,9 @@ class TrainConfig:
     dataset: str = "c4"              # a folder of data_dir, written by prepare.py --dataset=...
     data_dir: str = "data"           # where the datasets are
     out_dir: str = "out/base"        # where the run is kept
-    init_from: str = ""              # start from the weights of a model: an out_dir, a checkpoint, a shared folder or hub id
+    init_from: str = ""              # start from the weights of an out_dir, a checkpoint, a shared folder or a hub id
     batch_size: int = 64             # sequences in an optimiser step, over everything
-    grad_accum: int = 4              # pieces a batch is cut into, over all processes, to save memory; the result is the same
+    grad_accum: int = 4              # pieces a batch is cut into, to save memory; the result is the same
     max_steps: int = 20000           # optimiser steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 2e-4                 # peak learning rate
@@ -67,7 +65,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
     device: str = "auto"             # cpu, cuda, cuda:1, mps; auto takes the best there is
     compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
-    shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2), to save memory
+    shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2)
     log_interval: int = 10           # steps between log lines
     eval_interval: int = 500         # steps between evaluations
     eval_tokens: int = 2**17         # tokens of validation text in an evaluation, always the same ones
@@ -94,11 +92,12 @@ class TrainConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % (self.passes * WORLD):
-            pieces = f"grad_accum={self.grad_accum}" if WORLD == 1 else f"{WORLD} processes times {self.passes} pieces each"
+            several = f"{WORLD} processes times {self.passes} pieces each"
+            pieces = f"grad_accum={self.grad_accum}" if WORLD == 1 else several
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of {pieces}")
-
         if self.shard and (WORLD == 1 or self.optimizer == "muon"):
-            raise ValueError("shard splits a model over several processes of torchrun, with --optimizer=adamw: leave it out")
+            raise ValueError("shard splits a model over several processes of torchrun, with --optimizer=adamw: "
+                             "leave it out")
 
     @property
     def passes(self):
@@ -112,8 +111,8 @@ class TrainConfig:
 
 
 # Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
-FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last", "resume",
-        "eval_only", "shard", "tensorboard", "wandb_project"}
+FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last",
+        "resume", "eval_only", "shard", "tensorboard", "wandb_project"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ class Run:
         """To max_steps, or to the first signal. Each step: make it, log it, save it, evaluate."""
         config, signals, stop = self.config, stop_at_signals(), 0
         with self.progress_bar() as bar:
-            if config.init_from and self.step == 0:                               # what the run starts from is a result too
+            if config.init_from and self.step == 0:                               # what it starts from is a result too
                 self.save(self.latest)
                 self.evaluate()
             clock = Clock(self.step, self.tokens_per_step)
@@ -154,7 +153,7 @@ class Run:
                 bar.update(self.tokens_per_step)
                 if self.is_due(config.log_interval):
                     self.report(bar, loss, grad_norm, clock.tokens_per_s(self.step))
-                stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: no stop without its save
+                stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: a stop has its save
                 if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
                     self.save(self.latest)
         if RANK == 0:
@@ -179,8 +178,8 @@ class Run:
             say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
         if self.skips_in_a_row >= self.config.max_skips:
             then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
-            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not finite "
-                            f"or a spike: try a lower --lr {then}")
+            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not "
+                            f"finite or a spike: try a lower --lr {then}")
         return loss, grad_norm
 
     def evaluate(self):
@@ -213,7 +212,7 @@ class Run:
             self.log.write(step=self.step, tokens=self.step * self.tokens_per_step, **record)
 
     def progress_bar(self):
-        size = shutil.get_terminal_size()                                         # tqdm hides itself from one that tells 0 x 0
+        size = shutil.get_terminal_size()                                         # tqdm would hide itself at 0 x 0
         return progress(total=self.tokens_per_step * self.config.max_steps, initial=self.tokens_per_step * self.step,
                         unit="tok", unit_scale=True, ncols=size.columns, nrows=size.lines)
 
@@ -224,8 +223,8 @@ class Run:
         bar.set_postfix(loss=f"{loss:.3f}", mem=memory)
         if bar.disable:
             left = (self.config.max_steps - self.step) * self.tokens_per_step / speed
-            say(f"step {self.step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {memory}, "
-                f"{left / 60:.1f} min left")
+            say(f"step {self.step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
+                f"{memory}, {left / 60:.1f} min left")
 
     def save(self, path):
         model, optimizer = whole(self.model.state_dict()), whole(self.optimizer.state_dict())
@@ -243,12 +242,12 @@ class Run:
     def restore(self, checkpoint):
         load_weights(self.model, checkpoint)
         if checkpoint["config"].get("optimizer", "adamw") != self.config.optimizer:  # resume=changed
-            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and another "
-                            "--out_dir to start from its weights")
+            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and "
+                            "another --out_dir to start from its weights")
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
         self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
-        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: each step seeds its own
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: steps seed their own
 
     def open_folder(self, fresh):
         """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
@@ -268,15 +267,15 @@ class Run:
             keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
 
     def spread(self):
-        """Over the processes: the model whole in each, its gradients averaged while backward still runs; or in shards."""
-        if len({*gather(self.step)}) > 1:                                         # and none goes on before all have read
-            raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on a "
-                            "file system that all machines share")
+        """Over the processes: the model whole in each, gradients averaged while backward still runs; or in shards."""
+        if len({*gather(self.step)}) > 1:                                         # none goes on before all have read
+            raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on "
+                            "a file system that all machines share")
         if self.config.shard:
             from torch.distributed.fsdp import fully_shard                        # here: they take 0.8 s to import
             from torch.distributed.tensor import distribute_tensor
             mesh, saved = dist.init_device_mesh(self.device.type, (WORLD,)), self.optimizer.state_dict()
-            for module in (*self.model.blocks, self.model):                       # a block is whole only while it is used
+            for module in (*self.model.blocks, self.model):                       # a block is whole only while in use
                 fully_shard(module, mesh=mesh)
             self.optimizer = make_optimizer(self.model, self.config)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -298,13 +297,14 @@ def train_step(model, optimizer, windows, step, config, device, spikes):
         group["lr"] = lr_at(step, config)
     torch.manual_seed(int(np.random.default_rng((config.seed, step, RANK)).integers(2**63)))  # dropout differs by rank
     first, loss = step * config.batch_size + RANK * config.passes * config.piece, 0.0
+    vocab_size = getattr(model, "module", model).config.vocab_size
     for i in range(config.passes):
         start = first + i * config.piece
-        x, y = windows.batch(range(start, start + config.piece), getattr(model, "module", model).config.vocab_size, device)
+        x, y = windows.batch(range(start, start + config.piece), vocab_size, device)
         alone = isinstance(model, DistributedDataParallel) and i < config.passes - 1
         with autocast(device, config.precision), model.no_sync() if alone else nullcontext():
             part = model(x, y)[0] / config.passes                                 # the mean over the whole batch
-        part.backward()                                                           # DDP: the last averages over the ranks
+        part.backward()                                                           # DDP: the last averages over ranks
         loss += part.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     grad_norm = float(grad_norm.full_tensor() if config.shard else grad_norm)
@@ -331,7 +331,8 @@ def evaluate(model, files, manifest, config, device):
             total += float(model(x, y)[0]) * len(numbers)
     model.train()
     loss = reduce(total) / count
-    tokens, text = (sum(f[key] for f in manifest["files"].values() if f["split"] == "val") for key in ("tokens", "bytes"))
+    entries = [entry for entry in manifest["files"].values() if entry["split"] == "val"]
+    tokens, text = (sum(entry[key] for entry in entries) for key in ("tokens", "bytes"))
     return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
 
 
@@ -360,12 +361,12 @@ class Spikes:
 
 
 def stop_at_signals():
-    """A list that stays empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
+    """A list, empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
     received = []
 
     def handler(number, frame):
         received.append(number)
-        if WORLD == 1:                                                            # torchrun may pass on one Ctrl-C twice
+        if WORLD == 1:                                                            # torchrun may pass one on twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
             os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
@@ -408,8 +409,10 @@ class Windows:
     @lru_cache(maxsize=2)
     def epoch(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
-        stride = next(a for a in range(max(1, round(0.618 * self.total)), 2 * self.total + 1) if math.gcd(a, self.total) == 1)
-        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len))) for f, n in zip(self.files, self.counts)]
+        strides = range(max(1, round(0.618 * self.total)), 2 * self.total + 1)
+        stride = next(a for a in strides if math.gcd(a, self.total) == 1)
+        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len)))
+                   for f, n in zip(self.files, self.counts)]
         return stride, int(rng.integers(self.total)), offsets
 
     def __getitem__(self, number):
@@ -418,7 +421,7 @@ class Windows:
         window = (stride * i + first) % self.total
         file = int(np.searchsorted(self.ends, window, side="right"))
         start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
-        if self.stat(self.files[file]) != self.stats[file]:                       # reading past its end would be a SIGBUS
+        if self.stat(self.files[file]) != self.stats[file]:                       # past its end: SIGBUS
             raise UserError(f"{self.files[file].filename} changed while it was being read: restore it, then resume")
         return self.files[file][start:start + self.seq_len + 1]
 
@@ -436,7 +439,7 @@ class Windows:
 
 
 class Dataset:
-    """A folder that prepare.py wrote, found whole: small ones in every byte, in a second at most (--verify: any size)."""
+    """A folder that prepare.py wrote, found whole: up to 1 GB in every byte, which takes a second."""
 
     def __init__(self, folder):
         self.manifest = read_manifest(folder)
@@ -456,10 +459,11 @@ class Dataset:
         """Sets the model's vocabulary to that of the text, unless it was said to have another."""
         tokenizer, vocab_size = tokenizer_id(self.manifest), self.manifest["vocab_size"]
         if model_config.tokenizer not in ("", tokenizer):
-            raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset holds {tokenizer[:20]} "
-                            "tokens: prepare it again with the model's --tokenizer")
+            raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset holds "
+                            f"{tokenizer[:20]} tokens: prepare it again with the model's --tokenizer")
         if model_config.vocab_size not in (ModelConfig.vocab_size, vocab_size):
-            raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: leave it out")
+            raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: "
+                            "leave it out")
         model_config.vocab_size, model_config.tokenizer = vocab_size, tokenizer
 
 
@@ -508,7 +512,8 @@ class Muon(torch.optim.AdamW):
             same_shape = defaultdict(list)                                        # one batch of products for each shape
             for W in (p for p in group["params"] if p.grad is not None):
                 if not self.state[W]:
-                    self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))  # AdamW's loading wants a step
+                    # AdamW's loading wants a step.
+                    self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))
                 M = self.state[W]["momentum"].mul_(group["momentum"]).add_(W.grad)
                 same_shape[W.shape].append((W, W.grad.add(M, alpha=group["momentum"])))
             for shape, pairs in same_shape.items():
@@ -535,7 +540,7 @@ def load_optimizer(optimizer, state):
     """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, state["param_groups"]):
-        group["lr"] = saved["lr"]                                                 # best.pt may be saved before the next step
+        group["lr"] = saved["lr"]                                                 # best.pt may come before a next step
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
@@ -559,8 +564,9 @@ def settings_to_start_from(config):
     if not config.init_from:
         return {}
     if folder.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
-        raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: take another --out_dir")
-    if config.resume is not False and (folder / "ckpt.pt").exists():              # it has started: its source may be gone
+        raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
+                        "take another --out_dir")
+    if config.resume is not False and (folder / "ckpt.pt").exists():              # started: its source may be gone
         return load_checkpoint(folder / "ckpt.pt")["model_config"]
     return dataclasses.asdict(load_pretrained(config.init_from).config)
 
@@ -576,8 +582,8 @@ def start_from(model, source, name):
     here, there = (dataclasses.asdict(m.config) for m in (model, source))
     changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
     if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
-        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do not "
-                        "fit; leave out what is set differently here")
+        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
+                        "not fit; leave out what is set differently here")
     model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
 
     def names(keys):
@@ -587,7 +593,7 @@ def start_from(model, source, name):
 
 
 def find_checkpoint(config, model_config, data):
-    """The checkpoint of out_dir that this command should continue (or evaluate), or None. UserError if it should not."""
+    """The checkpoint of out_dir that this command continues (or evaluates), or None. UserError if it should not."""
     latest = Path(config.out_dir) / "ckpt.pt"
     if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(latest)
@@ -601,8 +607,8 @@ def find_checkpoint(config, model_config, data):
         return checkpoint
     others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
     if config.resume == "auto" and others:
-        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from there, "
-                        "or take --resume=false to start over")
+        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from "
+                        "there, or take --resume=false to start over")
     return None
 
 
@@ -610,11 +616,12 @@ def refuse_changes(path, checkpoint, config, model_config, data):
     """UserError that names what differs between a checkpoint and the run that wants to continue it."""
     then = checkpoint["config"] | checkpoint["model_config"] | checkpoint["data"]
     now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
-    changed = ["the files of the dataset are others" if key == "sha256" else f"{key} was {then.get(key)}, now {now[key]}"
-               for key in now if key not in FREE and then.get(key) != now[key]]
+    others = [key for key in now if key not in FREE and then.get(key) != now[key]]
+    changed = ["the files of the dataset are others" if key == "sha256" else
+               f"{key} was {then.get(key)}, now {now[key]}" for key in others]
     if changed:
-        raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of then, "
-                        "--resume=changed to go on with the new ones, or --resume=false to start over")
+        raise UserError(f"{path} is of another run: {'; '.join(changed)}. Take another --out_dir, the settings of "
+                        "then, --resume=changed to go on with the new ones, or --resume=false to start over")
 
 
 def is_finished(config, step):
@@ -624,78 +631,17 @@ def is_finished(config, step):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The processes that torchrun starts: each runs this file on its share of every batch
-
-
-@contextmanager
-def processes():
-    """Joins the processes of the run. The first of them that fails says why; the others then end without a word."""
-    if WORLD == 1:
-        yield
-        return
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=RANK, world_size=WORLD)
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if store.add("failed", 1) > 1:
-            os._exit(1)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError(f"another process of this run has died ({str(error).splitlines()[0][:100]}): "
-                            "the same command goes on from the last checkpoint") from None
-        raise
-    dist.destroy_process_group()
-
-
-def run_and_leave():
-    """command(main) for one of several processes, without Python's own end.
-
-    A thread of gloo lets go of the tensors of a finished collective a moment after the collective's caller goes on. They
-    are Python's too, and a thread that asks a Python that is ending for anything is ended, which C++ answers with abort().
-    """
-    try:
-        command(main)
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()                                                       # W&B ends its run there
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def reduce(value, op=dist.ReduceOp.SUM, device="cpu"):
-    """The sum (or other op) of a number over all processes."""
-    if WORLD == 1:
-        return value
-    value = torch.as_tensor(value, device=device)
-    dist.all_reduce(value, op)
-    return value.item()
-
-
-def gather(value):
-    """The values that the processes have, in the order of their ranks."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The program
 
 
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
 @processes()
 def main():
-    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__, inherit=settings_to_start_from)
+    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__,
+                                     inherit=settings_to_start_from)
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
-    wanted_trackers(config)                                                       # complain now, not after the preparations
+    wanted_trackers(config)                                                       # complain now, not after preparations
     data = Dataset(Path(config.data_dir) / config.dataset)
     data.give_vocabulary(model_config)
     device = pick_device(config.device)
@@ -708,8 +654,8 @@ def main():
         if config.eval_only:
             evaluate_only(config, checkpoint, data, device)
         elif checkpoint and is_finished(config, checkpoint["step"]):
-            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
-                "--max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
+            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a "
+                "larger --max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
             if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
                 plot(Path(config.out_dir))
         else:
@@ -725,7 +671,7 @@ def evaluate_only(config, checkpoint, data, device):
 
 
 def train(config, model_config, checkpoint, data, device):
-    Windows(data.val, model_config.seq_len, 0)                                    # complain now, not at the first evaluation
+    Windows(data.val, model_config.seq_len, 0)                                    # complain now, not when evaluating
     run = Run(config, model_config, data, device)
     if checkpoint:
         run.restore(checkpoint)
@@ -739,11 +685,12 @@ def train(config, model_config, checkpoint, data, device):
     run.spread()
     run.open_folder(fresh=not checkpoint)
     say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
-        f"{run.tokens_per_step:,} tokens a step, {run.tokens_per_step * config.max_steps / run.windows.tokens:.2g} epochs"
+        f"{run.tokens_per_step:,} tokens a step, "
+        f"{run.tokens_per_step * config.max_steps / run.windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1) + f", continuing at step {run.step}" * bool(run.step))
     run.train()
     say(f"done: python sample.py --out_dir={run.out_dir}")
 
 
 if __name__ == "__main__":
-    command(main) if WORLD == 1 else run_and_leave()
+    command(main) if WORLD == 1 else run_and_leave(main)
