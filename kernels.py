@@ -1,6 +1,5 @@
-"""What model.py says plainly, faster or in less memory: the same numbers. The chunked form on a GPU, in Triton; softmax
-attention over a window in blocks; the loss without all of its logits; decoding as one CUDA graph. Triton and a GPU are
-used where they are, never required.
+"""The same numbers as plain PyTorch, faster or in less memory: the chunked form on a GPU, in Triton; the loss without
+all of its logits; decoding as one CUDA graph. Triton and a GPU are used where they are, never required.
 
 Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
 again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
@@ -24,14 +23,12 @@ and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y 
 where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope
 turns the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
 """
-import contextlib
 import functools
 import math
 import types
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -556,37 +553,6 @@ def remade(attend):
             return attend(mixer, form, *tensors)
         return checkpoint(attend, mixer, form, *tensors, use_reentrant=False, preserve_rng_state=False)
     return run
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Softmax attention, with or without a window
-
-
-def softmax_attention(q, k, v, causal=True, window=None):
-    """Softmax attention of q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d), over all or the last `window`."""
-    T, tokens = q.shape[2], k.shape[2]
-    if window is not None and tokens > window:
-        return _window_attention(q, k, v, window, tokens - T)
-    if T == tokens:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
-    # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _window_attention(q, k, v, w, past):
-    """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
-    T, n = q.shape[2], min(w, q.shape[2])
-    k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))     # (B,H,N,w+n,d)
-    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                         # (B,H,N,n,d)
-    key = torch.arange(w + n, device=q.device)
-    age = torch.arange(n, device=q.device)[:, None] + w - key                     # (n,w+n), 0 is the token itself
-    first = torch.arange(0, T, n, device=q.device)[:, None, None]                 # (N,1,1)
-    mask = (0 <= age) & (age < w) & (first + key >= w - past)                     # (N,n,w+n)
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-    return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ The letters, and what the papers call them. Sizes are capitals, and so are matri
   [7] Su et al. 2021, RoFormer, 2104.09864
   [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
 """
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
@@ -424,6 +426,33 @@ class Linear(nn.Module):
         return form(*turned, v, log_decay, beta, S, expand=self.expand, divide_by=divide_by)
 
 
+def softmax_attention(q, k, v, causal=True, window=None):
+    """Softmax attention of q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d), over all or the last `window`."""
+    T, tokens = q.shape[2], k.shape[2]
+    if window is not None and tokens > window:
+        return window_attention(q, k, v, window, tokens - T)
+    if T == tokens:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T) if T > 1 else None
+    # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def window_attention(q, k, v, w, past):
+    """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
+    T, n = q.shape[2], min(w, q.shape[2])
+    k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))     # (B,H,N,w+n,d)
+    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                         # (B,H,N,n,d)
+    key = torch.arange(w + n, device=q.device)
+    age = torch.arange(n, device=q.device)[:, None] + w - key                     # (n,w+n), 0 is the token itself
+    first = torch.arange(0, T, n, device=q.device)[:, None, None]                 # (N,1,1)
+    mask = (0 <= age) & (age < w) & (first + key >= w - past)                     # (N,n,w+n)
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
+    return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
+
+
 class Softmax(nn.Module):
     """Softmax attention: over all tokens the baseline, with O(T^2) time and a state, all keys and values, that grows.
 
@@ -442,7 +471,7 @@ class Softmax(nn.Module):
         q, k = (rotate(part, ropes.get(q.shape[-1])) for part in (q, k))
         if state is not None:
             k, v = (torch.cat(parts, dim=2) for parts in zip(state, (k, v)))      # (B,H,past+T,d)
-        y, tokens = kernels.softmax_attention(q, k, v, self.config.causal, self.window), k.shape[2]
+        y, tokens = softmax_attention(q, k, v, self.config.causal, self.window), k.shape[2]
         if self.window is not None:
             k, v = (part[:, :, max(0, tokens - self.window + 1):].clone() for part in (k, v))
         return self.out(y.transpose(1, 2).flatten(2)), (k, v)

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from configurator import read_config_file
-from kernels import linear_cross_entropy, softmax_attention
-from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate
+from kernels import linear_cross_entropy
+from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate, softmax_attention
 
 
 def chunked(size):
