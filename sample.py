@@ -108,6 +108,18 @@ def write_state(path, model, state, unread, generator, seed, half):
                     "rng": generator.get_state(), "device": generator.device.type}, temporary)
 
 
+def check_target(path):
+    """UserError where --save_state would replace a file that is no state: a checkpoint, say."""
+    if not Path(path).exists():
+        return
+    try:
+        ours = "unread" in load_file(path, "cpu")
+    except Exception:  # whatever it is, torch.load can't read it
+        ours = False
+    if not ours:
+        raise UserError(f"save_state={path} is there and is not a state: take another name")
+
+
 def read_state(path, model, texts, device):
     """What write_state wrote, for this number of texts."""
     try:
@@ -130,8 +142,9 @@ def check_prompt(prompt, state, config, max_new_tokens):
         raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {config.vocab_size}")
     room = config.seq_len - (int(state["tokens"]) if state else 0) - len(prompt)
     if config.pos == "learned" and max_new_tokens > room:
+        mend = f"take --max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
         raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and prompt and text would have "
-                        f"{config.seq_len - room + max_new_tokens}: take --max_new_tokens={max(0, room)} or less")
+                        f"{config.seq_len - room + max_new_tokens}: {mend}")
 
 
 def state_bytes(state):
@@ -147,6 +160,8 @@ def main():
     model, tokenizer, precision = open_model(config, device)
     given = tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt).tolist()
     carried = {"state": None, "unread": [], "half": []}
+    if config.save_state:
+        check_target(config.save_state)
     if config.load_state:
         carried = read_state(config.load_state, model, config.num_samples, device)
     state, prompt = carried["state"], carried["unread"] + given or [tokenizer.eot]
@@ -159,7 +174,8 @@ def main():
         generator.set_state(carried["rng"].cpu())
     texts, running = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
     streaming, utf8 = config.num_samples == 1, codecs.getincrementaldecoder("utf-8")("replace")
-    utf8.setstate((bytes(carried["half"]), 0))
+    half = bytes(carried["half"])
+    utf8.setstate((half, 0))
     bar = tqdm(total=config.max_new_tokens, unit="tok", disable=None if not streaming else True)
     if streaming:
         print(utf8.decode(tokenizer.decode_bytes(given)), end="")
@@ -181,9 +197,10 @@ def main():
     if config.save_state:
         write_state(config.save_state, model, state, tokens.tolist(), generator, config.seed, utf8.getstate()[0])
     if streaming:                                                                 # a state keeps half a character
-        print(utf8.decode(b"", final=True) if not config.save_state else "")
+        goes_on = config.save_state and not sys.stdout.isatty()                   # in a file, the next run's text follows
+        print(utf8.decode(b"", final=True) if not config.save_state else "", end="" if goes_on else "\n")
     for i, text in enumerate(texts if not streaming else []):
-        print(f"--- {i + 1} of {config.num_samples}\n{tokenizer.decode_bytes(given + text).decode(errors='replace')}")
+        print(f"--- {i + 1} of {config.num_samples}\n{(half + tokenizer.decode_bytes(given + text)).decode(errors='replace')}")
     print(f"\n{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s after a prompt of {len(prompt)}; "
           f"the state is {state_bytes(state) / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
 

@@ -172,15 +172,17 @@ def test_a_text_in_two_runs_is_the_text_of_one(write, tmp_path, options):
     for cut in (1, 30, 41):
         first = write("--prompt=abc", f"--max_new_tokens={cut}", "--stop=false", "--save_state=a.state")
         second = write(f"--max_new_tokens={60 - cut}", "--stop=false", "--load_state=a.state")
-        assert (first.code, second.code) == (0, 0) and first.out[:-1] + second.out == whole
+        assert (first.code, second.code) == (0, 0) and first.out + second.out == whole
     assert write("--load_state=a.state", "--stop=false", "--seed=2").out != write("--load_state=a.state", "--stop=false").out
 
 
 def test_a_character_cut_by_the_end_of_a_run_is_written_whole_by_the_next(write, scripted):
     scripted("é".encode()[:1])
-    assert write("--save_state=a.state").out == "\n"
+    assert write("--save_state=a.state").out == ""
     scripted("é".encode()[1:])
     assert write("--load_state=a.state").out == "é\n"
+    scripted("é".encode()[1:], "é".encode()[1:])
+    assert write("--load_state=a.state", "--num_samples=2").out == "--- 1 of 2\né\n--- 2 of 2\né\n"
 
 
 def test_a_carried_state_reads_a_further_prompt_and_serves_several_texts(write):
@@ -205,7 +207,12 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     for path in ("none/a.state", "pipe"):                                         # found before any text is made
         result = write(f"--save_state={path}")
         assert f"save_state={path} must be a file in a folder that is there" in result.err and not result.out
+    for path in ("a.state", "out/ckpt.pt"):                                       # damaged; a checkpoint
+        before = Path(path).read_bytes()
+        assert f"save_state={path} is there and is not a state" in refusal(f"--save_state={path}")
+        assert Path(path).read_bytes() == before
     write_checkpoint(tmp_path / "out", pos="learned")
+    Path("a.state").unlink()
     write("--max_new_tokens=9", "--stop=false", "--save_state=a.state")            # 1 + 8 read, 1 to read
     assert "would have 17: take --max_new_tokens=6" in refusal("--load_state=a.state", "--max_new_tokens=7")
     assert write("--load_state=a.state", "--max_new_tokens=6").code == 0
@@ -229,7 +236,7 @@ def test_model_py_works_without_huggingface_hub():
     (["--device=tpu"], "--device=cpu"), (["--out_dir=other"], "tokenizer here is not the one"),
     (["--out_dir=few", "--prompt=az"], "has token 122, and the model only knows those below 100"),
     (["--out_dir=learned", "--prompt=abc"], "learned positions end at 16 tokens, and prompt and text would have 33: "
-     "take --max_new_tokens=13")])
+     "take --max_new_tokens=13"), (["--out_dir=learned", "--prompt=" + "a" * 16], "would have 46: shorten the prompt")])
 def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, message):
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     write_checkpoint(tmp_path / "few", vocab_size=100)
