@@ -256,11 +256,14 @@ def hub_sources(config):
     """The wanted shards of C4. The hub is asked for sizes only if one is not committed yet."""
     wanted = {f"train-{i:05d}": f"en/c4-train.{i:05d}-of-{C4_TRAIN:05d}.json.gz" for i in config.shard_range()}
     wanted |= {f"val-{i:05d}": f"en/c4-validation.{i:05d}-of-{C4_VAL:05d}.json.gz" for i in range(C4_VAL)}
-    missing = [path for stem, path in wanted.items() if not (config.folder / f"{stem}.json").exists()]
+    records = {stem: read_record(config.folder / f"{stem}.json") for stem in wanted}
+    missing = [path for stem, path in wanted.items() if not records[stem]]
+    known = {entry["source"]: entry["source_bytes"] for record in records.values() if record
+             for entry in record["files"].values()}
     try:
         from huggingface_hub import HfApi  # comes with datasets
         answer = within(60, lambda: list(HfApi().get_paths_info(C4, missing, repo_type="dataset"))) if missing else []
-        sizes = dict.fromkeys(wanted.values(), 0) | {info.path: info.size for info in answer}
+        sizes = dict.fromkeys(wanted.values(), 0) | known | {info.path: info.size for info in answer}
     except Exception as error:
         raise UserError(f"cannot reach {C4} on the Hugging Face hub ({type(error).__name__}): check the network, or "
                         "give local files, --data_files='.../c4-*.json.gz', or try --dataset=stdlib") from None
@@ -423,7 +426,8 @@ def read_sealed(path):
         if seal(content) != data or content["version"] != 1:
             raise ValueError("its checksum does not fit")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or of another version ({error}): {remake(path.parent)}") from None
+        problem = f"{path} is damaged or of another version ({error})"
+        raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
     return content
 
 
@@ -445,8 +449,11 @@ def bin_problems(folder, content, whole=False):
                 yield f"{path} has changed since it was made: its sha256 does not fit"
 
 
-def remake(folder):
+def remake(folder, problem=""):
+    """What makes a dataset whole again, and first the shard of C4 in `problem`, maybe of another machine's share."""
     flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
+    if folder.name == "c4" and (shard := re.search(r"\btrain-(\d{5})\.(bin|json)", problem)):
+        flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
     flags += "" if str(folder.parent) == "data" else f" --data_dir={folder.parent}"
     return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
 
@@ -461,7 +468,7 @@ def read_manifest(folder):
         raise UserError(f"there is no finished dataset in {folder}: {remake(folder)}")
     manifest = read_sealed(folder / "manifest.json")
     for problem in bin_problems(folder, manifest):
-        raise UserError(f"{problem}: {remake(folder)}")
+        raise UserError(f"{problem}: {remake(folder, problem)}")
     check_not_empty(folder, manifest)
     return manifest
 
@@ -473,12 +480,16 @@ def open_split(folder, manifest, split):
             if entry["split"] == split and entry["tokens"]]
 
 
+class NoDocuments(UserError):
+    pass
+
+
 def check_not_empty(folder, manifest):
     entries = manifest["files"].values()
     for split, mend in (("train", "look into its source files"), ("val", "raise --val_fraction")):
         if not any(entry["documents"] for entry in entries if entry["split"] == split):
             skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
-            raise UserError(f"{folder} has no {split} documents: {mend}" + f" (skipped: {skipped})" * bool(skipped))
+            raise NoDocuments(f"{folder} has no {split} documents: {mend}" + f" (skipped: {skipped})" * bool(skipped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,20 +592,26 @@ def prepare(config):
         options["val_fraction"] = config.val_fraction
     check_same_work(config.folder, options, sources)
     check_disk(config.folder, options, sources)
-    for stale in config.folder.glob("*.tmp"):
-        stale.unlink()
+    for stale in made_files(config.folder, r"(bin|json)\.tmp"):
+        with contextlib.suppress(OSError):
+            stale.unlink()
     encode_all(config, options, sources)
     try:
         return write_manifest(config.folder)
-    except UserError:  # no dataset after all: nothing is left of it
-        for source in sources:
-            for name in (source.record, *source.bins().values()):
-                (config.folder / name).unlink(missing_ok=True)
+    except NoDocuments:  # no dataset after all: nothing is left of it. After any other error everything is
+        for path in (config.folder / name for source in sources for name in (source.record, *source.bins().values())):
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise
 
 
+def made_files(folder, ending):
+    """The files of sources, by name; whatever else lies in the folder is the user's."""
+    return sorted(path for path in folder.glob("*-*") if re.fullmatch(rf"(train|val|both)-\d{{5,}}\.{ending}", path.name))
+
+
 def list_records(folder):
-    return sorted(folder.glob("*-*.json"))
+    return made_files(folder, "json")
 
 
 def read_record(path):
@@ -691,7 +708,9 @@ def write_manifest(folder):
     files = {name: entry for record in records for name, entry in record["files"].items()}
     manifest = records[0] | {"files": dict(sorted(files.items()))}
     check_not_empty(folder, manifest)
-    write_sealed(folder / "manifest.json", manifest)
+    path = folder / "manifest.json"
+    if not path.is_file() or path.read_bytes() != seal(manifest):  # a finished dataset may lie on a full or read-only disk
+        write_sealed(path, manifest)
     return manifest
 
 
@@ -707,12 +726,12 @@ def verify(folder):
                   for key in record if key != "files" and record[key] != first.get(key)]
         found += bin_problems(folder, record, whole=True)
         listed |= record["files"].keys()
-    expected = {path.name for path in folder.glob("*.bin")}
+    expected = {path.name for path in made_files(folder, "bin")}
     if (folder / "manifest.json").exists():
         expected |= read_sealed(folder / "manifest.json")["files"].keys()
     found += [f"{folder / name} has no record" for name in sorted(expected - listed)]
     if found:
-        raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder)}")
+        raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder, found[0])}")
     if first["origin"] == "built in" and (shards := [int(path.stem[6:]) for path in records if path.match("train-*")]):
         if absent := sorted({*range(min(shards), max(shards))} - {*shards}):  # lost in copying, or not made yet
             print(f"{folder}: {len(absent)} train shards are missing between the first and the last, as {absent[0]:05d}")

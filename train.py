@@ -445,7 +445,7 @@ class Dataset:
         self.manifest = read_manifest(folder)
         small = sum(path.stat().st_size for path in folder.glob("*.bin")) <= 2**30
         for problem in bin_problems(folder, self.manifest, whole=True) if small else ():
-            raise UserError(f"{problem}: {remake(folder)}")
+            raise UserError(f"{problem}: {remake(folder, problem)}")
         self.train, self.val = (open_split(folder, self.manifest, split) for split in ("train", "val"))
 
     @property

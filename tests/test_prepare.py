@@ -464,6 +464,22 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         assert contents(tmp_path) == {"manifest.json": b"old"}
 
 
+def test_a_finished_dataset_survives_the_same_command_whatever_else_is_amiss(tmp_path):
+    flag, folder = write_c4(tmp_path, shards=1), tmp_path / "data/c4"
+    run(tmp_path, flag)
+    for name in ("my-notes.json", "my-notes.tmp", "notes.bin"):  # the user's
+        (folder / name).write_text("{}")
+    for name in ("x.tmp", "train-00000.bin.tmp", "manifest.json.tmp"):  # the last: manifest.json cannot be written
+        (folder / name).mkdir()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    run(tmp_path, flag)  # nothing is left to write
+    run(tmp_path, "--verify")
+    (folder / "manifest.json").unlink()
+    assert "cannot write data/c4/manifest.json" in refusal(tmp_path, flag)
+    del before[folder / "manifest.json"]
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     script = ("import prepare, resource, sys; prepare.main(sys.argv[1:]); "  # the most of the run, and of a worker, in KB
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0],"
@@ -693,6 +709,21 @@ def test_machines_share_the_shards_of_c4_and_verify_joins_them(tmp_path, hub):
     for name in ("train-00001.json", "train-00001.bin", "manifest.json"):
         (tmp_path / "one/c4" / name).unlink()  # a shard that was lost in copying
     assert "1 train shards are missing between the first and the last, as 00001" in run(tmp_path, "--verify", "--data_dir=one")
+
+
+def test_a_damaged_shard_of_another_machine_costs_nothing_else_and_its_remedy_is_named(tmp_path, hub):
+    folder = tmp_path / "data/c4"
+    run(tmp_path, "--shards=4", env=hub)
+    before = contents(folder)
+    for damaged in ("train-00002.json", "train-00003.bin"):
+        (folder / damaged).write_bytes(before[damaged][:50])
+        remedy = f"run python prepare.py --dataset=c4 --shards={damaged[10]}:{int(damaged[10]) + 1} "
+        assert remedy in refusal(tmp_path, "--verify")
+        if damaged.endswith(".json"):
+            assert remedy in refusal(tmp_path, "--shards=1", env=hub)
+        assert contents(folder) == before | {damaged: before[damaged][:50]}
+        run(tmp_path, remedy.split()[-1], env=hub)
+        assert contents(folder) == before
 
 
 def test_a_finished_c4_needs_no_network_and_takes_more_shards(tmp_path, hub):
