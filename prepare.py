@@ -272,8 +272,8 @@ def hub_sources(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers: each yields (text, is it the document's last piece, bytes of the file read so far). What cannot be read is
-# counted and named, never passed over in silence.
+# Readers: each yields (text, is it the document's last piece, bytes of the file read so far). A record that cannot be
+# read is counted and named, never passed over in silence; a file that breaks off may lack most of its text: an error.
 
 class Tally:
     """What was skipped or repaired in one source, as its manifest entry tells it."""
@@ -322,8 +322,11 @@ def read_json_lines(path, tally):
                     tally.bad(path, number, error)
                 else:
                     yield text, True, raw.tell()
+            if path.endswith(".gz") and not raw.tell():
+                raise EOFError  # to gzip, no bytes at all are a whole file
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            tally.bad(path, number + 1, "the gzip stream is truncated or damaged and the rest lost")
+            raise UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch the "
+                            "file again, or give what `gzip -dc` still reads of it") from None
 
 
 def open_bytes(path):
@@ -361,7 +364,7 @@ def read_parquet(path, tally):
                 else:
                     yield text.decode("utf-8", "surrogateescape"), True, size * row // rows
         if row < rows:  # pyarrow passes over some damage in silence
-            tally.bad(path, row + 1, "the file is damaged and the rest lost")
+            raise UserError(f"{path}:{row + 1}: the file is damaged and the rest lost: fetch it again")
 
 
 def read_text(path, begin, end, size=PIECE):
