@@ -586,8 +586,8 @@ class LM(nn.Module, Shared):
             require(int(past) + T <= config.seq_len, f"learned positions end at seq_len={config.seq_len}, and this "
                     f"text has {int(past) + T} tokens: shorten it, or train with pos=rope or none")
             x = x + self.embed_pos(positions)
-        if config.pos == "sinusoidal":
-            x = x + torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim].to(x.dtype)
+        if config.pos == "sinusoidal":                                            # at 1 it would drown x in the norms
+            x = x + 0.02 * torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim].to(x.dtype)
         x = F.dropout(x, config.dropout, self.training)
         turned = {config.head_dim("k"), config.head_dim()} if config.pos == "rope" else ()
         ropes = {width: rope_table(positions, width) for width in turned}

@@ -647,6 +647,19 @@ def test_only_positions_tell_the_order_of_the_past(pos):
 
 
 @torch.no_grad()
+def test_sinusoids_are_their_formula_and_no_larger_than_the_embedding_they_are_added_to():
+    lm, idx, seen = LM(ModelConfig(**{**TINY, "pos": "sinusoidal", "depth": 1})), torch.randint(70, (1, 32)), []
+    lm.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    for start in (0, 1000):
+        lm(idx, state={"tokens": torch.tensor(start), "layers": [None]})
+        angles = [[n / 10000 ** (2 * i / 16) for i in range(8)] for n in range(start, start + 32)]
+        wanted = torch.tensor([[*map(math.cos, row), *map(math.sin, row)] for row in angles])
+        added = seen.pop()[0] - lm.embed(idx)[0]
+        close(added, 0.02 * wanted, 1e-6)
+        assert 0.5 < added.square().mean().sqrt() / lm.embed.weight.square().mean().sqrt() < 1
+
+
+@torch.no_grad()
 def test_learned_positions_end_at_seq_len_and_say_so():
     lm = tiny(pos="learned")
     _, state = lm(torch.zeros(1, 32, dtype=torch.long))
