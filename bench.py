@@ -166,7 +166,7 @@ def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=F
     if expand is None:
         q, k = phi.phi(q), phi.phi(k)
     form = kernels.linear_attention_triton if kernels.available(q, v, expand) else linear_attention_chunked
-    return form(q, k, v, log_decay, beta, expand=expand, divide_by=(q, k) if normalise else None)[0]
+    return form(q, k, v, log_decay, beta, expand=expand, divide_by=normalise)[0]
 
 
 def operations(T, bench, device):

@@ -494,15 +494,25 @@ class _Eager(torch.autograd.Function):
 # The operation, as model.py calls it
 
 
-def check_shapes(q, k, v, log_decay, beta, state, K, divide_by):
-    """The state's shape (B,H,K,V), V+1 with divide_by. ValueError that names the argument which does not fit q."""
+def check_shapes(q, k, v, log_decay, beta, state, divide_by, expand=None, chunk_size=64):
+    """The state's shape (B,H,K,V), V+1 with divide_by. ValueError that names the argument which does not fit q.
+
+    The contract is model.py's (_form); its check is here because model.py imports this file, and both call it.
+    """
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     (*steps, d), V = q.shape, v.shape[-1]                                         # steps (B,H,T)
-    wanted = (*steps[:2], K, V + (divide_by is not None))
+    K = d if expand is None else expand.phi(q.new_empty(1, d)).shape[-1]
+    wanted = (*steps[:2], K, V + (divide_by is not False))
+    qz, kz = (None, None) if isinstance(divide_by, bool) else divide_by
     for name, x, shape in (("k", k, (*steps, d)), ("v", v, (*steps, V)), ("log_decay", log_decay, (*steps,)),
-                           ("beta", beta, (*steps,)), ("state", state, wanted)):
+                           ("beta", beta, (*steps,)), ("state", state, wanted), ("divide_by[0]", qz, (*steps, d)),
+                           ("divide_by[1]", kz, (*steps, d))):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
-    if beta is not None and divide_by is not None:
+    if beta is not None and divide_by is not False:
         raise ValueError("divide_by needs a sum of weights, and with beta there is none")
     return wanted
 
@@ -515,7 +525,7 @@ def available(q, v, expand=None):
             and q.dtype in (torch.bfloat16, torch.float16, torch.float32))
 
 
-def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None,
+def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=False,
                             chunk_size=64):
     """linear_attention_chunked of model.py, whose contract (_form) holds, in 3 to 6 kernels: O(T C) work, O(T) memory.
 
@@ -523,12 +533,12 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32, one column more with divide_by.
     Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
     """
-    norm = divide_by is not None                                                  # torch 2.11 traces no bool(tuple)
-    own = norm and divide_by[0] is q and divide_by[1] is k
-    qz, kz = divide_by if norm and not own else (None, None)
+    norm, others = divide_by is not False, not isinstance(divide_by, bool)        # torch 2.11 traces no bool(tuple)
     if expand is not None:
-        q, k, qz, kz = (x if x is None else expand.phi(x) for x in (q, k, qz, kz))
-    B, H, K, columns = check_shapes(q, k, v, log_decay, beta, state, q.shape[-1], divide_by)
+        q, k = expand.phi(q), expand.phi(k)
+        divide_by = tuple(map(expand.phi, divide_by)) if others else divide_by
+    B, H, K, columns = check_shapes(q, k, v, log_decay, beta, state, divide_by, chunk_size=chunk_size)
+    qz, kz = divide_by if others else (None, None)
     pad = -K % 16                                                                 # aligned rows load 16 bytes at once
     if pad:
         q, k, qz, kz = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, qz, kz))

@@ -25,6 +25,7 @@ The letters, and what the papers call them. Sizes are capitals, and so are matri
 """
 import contextlib
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -168,7 +169,7 @@ def require(condition, message):
 
 
 def _form(form):
-    """What the forms share: their contract, checks, precision, and the sum normaliser.
+    """The contract of every form, and what they share: checks, precision, and the sum normaliser.
 
         S'  = exp(g_t) S_{t-1}
         S_t = S' + k_t v_t^T                         plain [1, Eq. 18], with g [3, Eq. 6; 8]
@@ -179,17 +180,17 @@ def _form(form):
       state (B,H,K,V), None for zeros. Any T >= 1.
       expand: a FeatureMap still to be applied to q and k, for maps with a kernel: scores come from kernel(q.k), and
       the features phi are formed only where a state needs them.
-      divide_by: (q', k'), divides y by the sum of weights that these make, often q and k themselves [1, Eq. 12]. The
-      sum is one more column of v, of ones, so the state has V+1 columns.
+      divide_by: divides y by the sum of weights [1, Eq. 12]: True, of those that q and k make; (q', k'), shaped as q
+      and k, of those that these make. The sum is one more column of v, of ones, so the state has V+1 columns.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), in fp32 or wider. Passing it on splits
       a sequence over calls without changing anything.
     Raises: ValueError when shapes do not fit, and for beta with divide_by: the delta rule makes no sum of weights.
     Trap: running sums of log decays of -1e4 leave fp32 three digits for what follows; the recurrence has no such sum.
     """
     @functools.wraps(form)
-    def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=None, **options):
+    def checked(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=False, **options):
         expand, V = expand or FEATURE_MAPS["identity"], v.shape[-1]
-        shape = kernels.check_shapes(q, k, v, log_decay, beta, state, expand.phi(q[0, 0, :1]).shape[-1], divide_by)
+        shape = kernels.check_shapes(q, k, v, log_decay, beta, state, divide_by, expand, **options)
         # bf16 keeps 8 bits: adding 1 to 256 gives 256. Sums over time and states are fp32 or wider, whatever comes in.
         wide = torch.promote_types(q.dtype, torch.float32)
         state = q.new_zeros(shape, dtype=wide) if state is None else state
@@ -198,11 +199,11 @@ def _form(form):
             arguments = (x if x is None else x.to(wide) for x in (q, k, v, log_decay, beta, state))
             return form(*arguments, expand=expand, **options)
         with torch.autocast(q.device.type, enabled=False):
-            if divide_by is None:
+            if divide_by is False:
                 y, state = run(q, k, v, state)
                 return y.to(q.dtype), state
             ones = torch.ones_like(v[..., :1])
-            if divide_by[0] is q and divide_by[1] is k:                           # both sums in one pass
+            if divide_by is True:                                                 # both sums in one pass
                 y, state = run(q, k, torch.cat([v, ones], dim=-1), state)
                 y, weights = y.split([V, 1], dim=-1)
             else:
@@ -210,6 +211,9 @@ def _form(form):
                 (y, S), (weights, Z) = run(q, k, v, S), run(*divide_by, ones, Z)
                 state = torch.cat([S, Z], dim=-1)
             return (y / (weights + 1e-6)).to(q.dtype), state                      # relu can make all weights zero
+    signature, own = inspect.signature(form), inspect.signature(checked, follow_wrapped=False).parameters
+    checked.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own["divide_by"]])
+    checked.__doc__ = f"{form.__doc__}\n\n    {_form.__doc__}"
     return checked
 
 
@@ -422,7 +426,8 @@ class Linear(nn.Module):
         if self.expand is None:
             q, k = self.map.phi(q), self.map.phi(k)
         turned = (rotate(q, rope), rotate(k, rope))
-        divide_by = None if self.config.normaliser == "rms" else turned if self.expand else (q, k)
+        own = True if self.expand or rope is None else (q, k)                     # the sum is not rotated
+        divide_by = own if self.config.normaliser == "sum" else False
         return form(*turned, v, log_decay, beta, S, expand=self.expand, divide_by=divide_by)
 
 
@@ -561,12 +566,13 @@ class LM(nn.Module, Shared):
                 nn.init.normal_(module.weight, std=0.02 / (2 * config.depth) ** 0.5 if name.endswith(".out") else 0.02)
 
     def forward(self, idx, targets=None, state=None):
-        """Reads the tokens idx (B,T) after those that made state (None: a new text).
+        """Reads the tokens idx (B,T), each below vocab_size, after those that made state (None: a new text).
 
         Training, evaluation, prefill and single steps are this one call: any split of a text gives the same result.
         Returns: (logits (B,T,vocab_size), state), or with targets (B,T) (mean cross-entropy in nats where >= 0, state).
-        Raises: ValueError past seq_len with learned positions.
+        Raises: ValueError for no tokens, targets of another shape, a state with causal=False, or no learned position.
         """
+        require(targets is None or targets.shape == idx.shape, "there must be one target for each token of idx")
         x, state = self.hidden(idx, state)
         if targets is None:
             return self.logits(x), state

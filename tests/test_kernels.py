@@ -54,7 +54,7 @@ def operands(T, rule="plain", normaliser=None, K=64, V=64, B=2, H=3, dtype=torch
 def call(form, x, normaliser=None, **options):
     x = dict(x)
     others = x.pop("q2", None), x.pop("k2", None)
-    return form(**x, divide_by={None: None, "sum": (x["q"], x["k"]), "rope": others}[normaliser], **options)
+    return form(**x, divide_by={None: False, "sum": True, "rope": others}[normaliser], **options)
 
 
 def compare(x, limit, normaliser=None, chunk_size=CHUNK, **options):
@@ -201,8 +201,8 @@ def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkey
 def test_shapes_that_do_not_fit_are_rejected():
     q = torch.randn(1, 2, 5, 4)
     for wrong in (dict(k=q[..., :3]), dict(v=q[:, :, :4]), dict(log_decay=q[..., 0, :]), dict(beta=q[..., 0, :]),
-                  dict(state=q), dict(state=torch.zeros(1, 2, 4, 4), divide_by=(q, q)),
-                  dict(beta=q[..., 0], divide_by=(q, q))):
+                  dict(state=q), dict(state=torch.zeros(1, 2, 4, 4), divide_by=True),
+                  dict(beta=q[..., 0], divide_by=True)):
         with pytest.raises(ValueError, match="must have shape|divide_by needs"):
             linear_attention_triton(**{**dict(q=q, k=q, v=q), **wrong})
 

@@ -7,6 +7,7 @@ import cmath
 import dataclasses
 import itertools
 import math
+import pydoc
 import random
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 import model
 from configurator import read_config_file
 from kernels import linear_cross_entropy
@@ -125,7 +127,7 @@ def test_gradients_of_the_sum_normaliser_are_the_slopes(form, others):
     form = FORMS.get(form, model.linear_attention_bidirectional)
     q, k, v, q2, k2 = (torch.rand(1, 1, 9, 2, dtype=torch.float64, requires_grad=True) for _ in range(5))
     assert torch.autograd.gradcheck(
-        lambda q, k, v, q2, k2: form(q, k, v, divide_by=(q2, k2) if others else (q, k)), (q, k, v, q2, k2))
+        lambda q, k, v, q2, k2: form(q, k, v, divide_by=(q2, k2) if others else True), (q, k, v, q2, k2))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -197,7 +199,7 @@ def test_divide_by_is_a_column_of_ones_and_a_division_over_any_split(form, weigh
     wanted, state, ys = (y / (z + 1e-6), torch.cat([S, Z], dim=-1)), None, []
     for part in (slice(0, 66), slice(66, 70)):
         q, k, v, g, *other = (a[:, :, part] for a in [*x.values(), *by])
-        pair = other if weights == "another pair" else (q, k)
+        pair = other if weights == "another pair" else True
         y, state = FORMS[form](q, k, v, g, state=state, expand=expand, divide_by=pair)
         ys.append(y)
     close((torch.cat(ys, dim=2), state), wanted, 1e-10)
@@ -210,6 +212,32 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(name):
     for form in FORMS.values():
         with pytest.raises(ValueError, match=rf"^{name} must have shape"):
             form(**x)
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("q", dict(q=torch.rand(2, 5, 4))), ("q", dict.fromkeys("qkv", torch.rand(0, 2, 5, 4))),
+    ("q", dict.fromkeys("qkv", torch.rand(2, 2, 0, 4))), ("k", dict(k=torch.rand(2, 5, 4))),
+    *((rf"divide_by\[{i}\]", dict(divide_by=[torch.rand(2, 2, 5, 4)] * i + [torch.rand(shape)] * (2 - i)))
+      for i in (0, 1) for shape in ((1, 2, 5, 4), (2, 1, 5, 4), (2, 2, 7, 4), (2, 2, 5, 3)))], ids=str)
+def test_shapes_that_would_be_broadcast_or_break_inside_are_refused_by_name(name, wrong):
+    for form in (*FORMS.values(), model.linear_attention_bidirectional, kernels.linear_attention_triton):
+        with pytest.raises(ValueError, match=rf"^{name} must "):
+            form(**{**dict.fromkeys("qkv", torch.rand(2, 2, 5, 4)), **wrong})
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_chunk_of_no_tokens_is_refused(size):
+    for form in (model.linear_attention_chunked, kernels.linear_attention_triton):
+        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
+            form(*[torch.rand(2, 2, 5, 4)] * 3, chunk_size=size)
+
+
+@pytest.mark.parametrize("form", [model.linear_attention_chunked, model.linear_attention_quadratic])
+def test_the_help_of_a_form_has_its_contract_and_all_its_arguments(form):
+    text = pydoc.render_doc(form, renderer=pydoc.plaintext)
+    for said in ("expand=None", "divide_by=False", "q, k (B,H,T,K)", "Raises: ValueError", form.__doc__.split(":")[0]):
+        assert said in text
+    assert ("chunk_size=64" in text) == (form is model.linear_attention_chunked) and "options" not in text
 
 
 @pytest.mark.parametrize("d", [2, 5, 16])
@@ -721,6 +749,12 @@ def test_the_loss_of_the_model_is_cross_entropy_of_its_logits(tied):
     loss, wanted = lm(idx, targets)[0], F.cross_entropy(lm(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
     close(loss, wanted, 1e-12)
     close(*(torch.autograd.grad(z, list(lm.parameters())) for z in (loss, wanted)), 1e-10)
+
+
+def test_targets_of_another_shape_are_refused():
+    for shape in ((1, 1), (1, 4), (3,)):                                         # (1, 1) was three times the loss
+        with pytest.raises(ValueError, match="one target for each token"):
+            tiny()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(shape, dtype=torch.long))
 
 
 def test_no_more_than_one_chunk_of_logits_is_in_memory():
