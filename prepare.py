@@ -177,6 +177,15 @@ class Source:
     def record(self):
         return f"{self.stem}.json"
 
+    def sha256(self):
+        """Of a local file; of the hashes of several; None of one on the hub, where C4 does not change."""
+        paths = dict.fromkeys(path for _, path, _, _ in self.parts if not path.startswith("hf://"))
+        try:
+            sums = [file_sha256(path) for path in paths]
+        except OSError as error:
+            raise unreadable(error.filename or self.name, error) from None
+        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest() if sums else None
+
     def bins(self):
         kind, number = self.stem.split("-")
         return {split: f"{split}-{number}.bin" for split in ("train", "val") if kind in (split, "both")}
@@ -305,8 +314,12 @@ def read(path, begin, end, tally):
     except Exception as error:
         if not (isinstance(error, OSError) or path.startswith("hf://") or path.endswith(".parquet")):
             raise  # our own mistake; a network or a damaged .parquet, though, has errors of many kinds
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command "
-                        "continues where this one stopped") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path, error):
+    return UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command continues "
+                     "where this one stopped")
 
 
 def read_json_lines(path, tally):
@@ -443,13 +456,16 @@ def bin_problems(folder, content, whole=False):
             yield f"{path} is missing"
         elif path.stat().st_size != entry["tokens"] * itemsize:
             yield f"{path} has {path.stat().st_size:,} bytes instead of {entry['tokens'] * itemsize:,}"
-        elif whole:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-            if digest.hexdigest() != entry["sha256"]:
-                yield f"{path} has changed since it was made: its sha256 does not fit"
+        elif whole and file_sha256(path) != entry["sha256"]:
+            yield f"{path} has changed since it was made: its sha256 does not fit"
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def remake(folder, problem=""):
@@ -512,14 +528,16 @@ def end_with_parent():
 
 def encode_source(index, source):
     """Makes sure that a source is committed. Tells PROGRESS[1 + 2 * index] the bytes read, the next cell the tokens."""
-    record = read_record(CONFIG.folder / source.record)
+    record, sha256 = read_record(CONFIG.folder / source.record), source.sha256()
+    if record and one_entry(record).get("source_sha256", sha256) != sha256:  # seen here and not before: it takes a while
+        raise UserError(changed(CONFIG.folder, source))
     bad = record and max(entry.get("bad", 0) for entry in record["files"].values())
     if not record or bad > CONFIG.max_bad or any(bin_problems(CONFIG.folder, record, whole=True)):
-        write_source(index, source)
+        write_source(index, source, sha256)
     PROGRESS[1 + 2 * index] = source.size
 
 
-def write_source(index, source):
+def write_source(index, source, sha256):
     tally = Tally(CONFIG.max_bad)
     with contextlib.ExitStack() as files:
         names = {split: files.enter_context(replacing(CONFIG.folder / name)) for split, name in source.bins().items()}
@@ -530,8 +548,8 @@ def write_source(index, source):
             PROGRESS[2 + 2 * index] = sum(bin.tokens for bin in bins.values())
             if PROGRESS[0]:
                 raise UserError("stopped")  # another source failed; its error is the one that is shown
-        entries = {name: {"split": split, **bins[split].finish(), "source": source.name, "source_bytes": source.size}
-                   for split, name in source.bins().items()}
+        made_of = {"source": source.name, "source_bytes": source.size} | ({"source_sha256": sha256} if sha256 else {})
+        entries = {name: {"split": split, **bins[split].finish(), **made_of} for split, name in source.bins().items()}
     next(iter(entries.values())).update(tally.summary())
     write_sealed(CONFIG.folder / source.record, {"version": 1, **OPTIONS, "files": entries})
 
@@ -629,15 +647,26 @@ def check_same_work(folder, options, sources):
     for path in list_records(folder):
         if not (record := read_record(path)):
             continue
-        made, asked, source = record | next(iter(record["files"].values())), options, planned.get(path.name)
+        made, asked, source = record | one_entry(record), options, planned.get(path.name)
         if source:
-            asked = asked | {"source": source.name, "source_bytes": source.size or made["source_bytes"]}
+            asked = asked | {"source": source.name}
         elif options["origin"] == "local files":  # a shard of C4 that another --shards wanted is welcome
             asked = asked | {"source": "among the files given now"}
         for key, value in asked.items():
             if made.get(key) != value:
                 raise UserError(f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset "
                                 "name, or delete that folder")
+        if source and source.size != made["source_bytes"]:
+            raise UserError(changed(folder, source))
+
+
+def changed(folder, source):
+    return (f"{source.name} has changed since {folder / source.record} was made from it: restore it, or delete that "
+            "record and the same command makes it anew, or take another --dataset name")
+
+
+def one_entry(record):
+    return next(iter(record["files"].values()))
 
 
 def check_disk(folder, options, sources):

@@ -332,7 +332,7 @@ def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2,
         return time.process_time() - begin
 
     ratios = [cpu(lambda: [np.array(raw.encode_ordinary(text), np.uint16) for text in texts])
-              / cpu(lambda: prepare.write_source(0, source)) for _ in range(5)]
+              / cpu(lambda: prepare.write_source(0, source, source.sha256())) for _ in range(5)]
     print(f"of the raw tokenizer's throughput: {sorted(ratios)[2]:.3f}")
     assert sorted(ratios)[2] > 0.9, ratios
 
@@ -585,13 +585,37 @@ def test_other_options_in_the_same_folder_are_refused_with_the_difference(tmp_pa
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
     assert "source b.jsonl, not among the files" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
     assert "source a.jsonl, not b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write('{"text": "grown"}\n')
-    assert "source_bytes" in refusal(tmp_path, *ask)
     (tmp_path / "data/d/manifest.json").unlink()  # an unfinished dataset is protected as well
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
     del before["manifest.json"]
     assert contents(tmp_path / "data/d") == before
+
+
+def test_a_source_that_has_changed_is_refused_and_only_it_is_made_anew(tmp_path):
+    flag, folder = write_c4(tmp_path, documents=5), tmp_path / "data/c4"
+    (tmp_path / "c4-train.00001-of-00003.json.gz").rename(tmp_path / "c4-train.00001.jsonl")
+    flag, path = "--data_files=c4-*", tmp_path / "c4-train.00001.jsonl"
+    write_jsonl(path, ["a cat"])
+    run(tmp_path, flag)
+    before, untouched = contents(folder), (folder / "train-00002.bin").stat().st_ino
+    os.utime(path, (1, 1))  # no change
+    run(tmp_path, flag)
+    for text in ("a dog", "a whole dog"):  # the same size and another
+        write_jsonl(path, [text])
+        assert "delete that record and" in (error := refusal(tmp_path, flag)) and path.name in error
+        assert contents(folder) == before
+        record = re.search(r"data/c4/\S+\.json", error)[0]
+        (tmp_path / record).unlink()
+        run(tmp_path, flag)
+        before = contents(folder)
+        assert text in texts_of(folder, "train") and (folder / "train-00002.bin").stat().st_ino == untouched
+        run(tmp_path, "--verify")
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path):
+    source = prepare.Source("both-00000", "gone.txt", (("train", str(tmp_path / "gone.txt"), 0, 1),))
+    with pytest.raises(UserError, match="gone.txt cannot be read .* the same command continues"):
+        source.sha256()
 
 
 def test_two_tokenizers_are_never_mixed(tmp_path, gpt2):
