@@ -275,13 +275,19 @@ def command(main):
         message, code = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    except BrokenPipeError:  # the reader has left: what is still buffered goes nowhere, and 141 is the shell's SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left, and 141 is the shell's SIGPIPE
         code = 141
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
+            message, code = f"a name is too long: {show(error.filename)}", 2
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            message, code = f"cannot read or write {error.filename or 'what it prints, or a file'}: {error.strerror}", 2
+        else:
             raise
-        message, code = f"a name is too long: {show(error.filename)}", 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is still buffered goes nowhere, or Python would try, and complain, at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print(f"{program}: {message}", file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's report of 40 lines ends with what it holds

@@ -89,6 +89,8 @@ class TrainConfig:
         for key in ("decay_frac", "beta1", "beta2"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in 0..1, got {getattr(self, key)}")
+        if not self.dataset:
+            raise ValueError("dataset must be the name of a folder in data_dir, got none")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size % (self.passes * WORLD):

@@ -235,6 +235,7 @@ PROGRAM = '''
 """What this program does."""
 import sys
 from dataclasses import dataclass
+import configurator
 from configurator import command, configure
 
 @dataclass
@@ -248,6 +249,9 @@ class Config:
 
 def main():
     config, = configure(sys.argv[1:], Config, doc=__doc__)
+    if config.fail == "late":
+        print("not yet flushed")
+        raise configurator.UserError("cannot write, No space left")
     if config.fail == "ctrl-c":
         raise KeyboardInterrupt
     for _ in range(config.dim):
@@ -311,6 +315,13 @@ def test_closed_pipe_is_quiet(program):
     assert program("--dim=8000 | head -1") == (141, line, "")
     assert program("--dim=8 | true") == (141, "", "")
     assert program("--help | true") == (141, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_one_line(program):
+    for arguments in ("--dim=8", "--dim=8000", "--help", "--fail=late"):
+        code, _, err = program(f"{arguments} > /dev/full")
+        assert code == 2 and err.startswith("toy.py: cannot") and "No space left" in err and err.count("\n") == 1
 
 
 # No input gives anything else than a config, a UserError, or help

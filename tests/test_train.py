@@ -534,7 +534,8 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
 
 @pytest.mark.parametrize("flags, message", [
     (["--batchsize=4"], "nearest is batch_size"), (["--lr=high"], "--lr must be a number"),
-    (["--max_steps=1.5"], "must be a whole number"), (["--grad_accum=3"], "multiple of grad_accum"),
+    (["--max_steps=1.5"], "must be a whole number"), (["--dataset="], "name of a folder"),
+    (["--grad_accum=3"], "multiple of grad_accum"),
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
