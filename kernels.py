@@ -552,10 +552,10 @@ def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, e
     return y, state[:, :, :K]
 
 
-def remade(attend):
-    """attend(mixer, form, *tensors), its results on the way remade for backward: cheap, and less to store.
+def checkpointed(attend):
+    """attend(mixer, form, *tensors) with activation checkpointing: its results on the way are remade for backward.
 
-    The kernels do so themselves, and so does a compiler.
+    They are cheap, and large to store. The kernels do so themselves, and so does a compiler.
     """
     @functools.wraps(attend)
     def run(mixer, form, *tensors):

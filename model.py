@@ -12,7 +12,7 @@ The letters, and what the papers call them. Sizes are capitals, and so are matri
   b         write strength of the delta rule, beta_t in [4, 5, 6]
   g         log decay, log gamma in [3], log alpha_t in [6];  G its running sum inside a chunk
   D         what token i still sees of token j: exp(G_i - G_j) for i >= j, else 0 [3, Eq. 5]
-  Y, Q, A, W  a chunk as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W [5, Eq. 8, 9]
+  Y, Q, A, M  a chunk as a map of the state S it starts from: it reads Y + Q S, and leaves A S + M [5, Eq. 8, 9]
 
   [1] Katharopoulos et al. 2020, Transformers are RNNs, arXiv 2006.16236
   [2] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
@@ -51,15 +51,12 @@ class FeatureMap(NamedTuple):
     positive: bool = False            # phi(q).phi(k) >= 0 for all q, k: the sum normaliser may divide by it
     can_vanish: bool = False          # all of phi can be 0: then not with rope, whose numerator does not vanish with it
     unit: bool = False                # |phi(k)| = 1: the delta rule cannot overshoot
-    kernel: Callable | None = None    # s = q.k -> phi(q).phi(k), where that is cheaper than expanding both
+    kernel: Callable | None = None    # (q.k, d) -> phi(q).phi(k), where that is cheaper than expanding both
 
 
 def elu(x):
-    """ELU(x) + 1, that is x + 1, and exp(x) below 0 [1, Eq. 7]. Trap: in bf16 ELU(-6) is -1, and adding 1 leaves 0."""
-    if x.dtype.itemsize > 2:
-        return F.elu(x) + 1
-    positive = F.relu(x)
-    return positive + (x - positive).exp()
+    """ELU(x) + 1, that is x + 1, and exp(x) below 0 [1, Eq. 7]. Trap: ELU + 1 is 0 below -6 in bf16, -17 in fp32."""
+    return F.elu(x) + 1 if x.dtype.itemsize > 2 else F.relu(x) + x.clamp(max=0).exp()
 
 
 def silu_l2(x):
@@ -92,6 +89,11 @@ FEATURE_MAPS = {
 # Configuration. The defaults are the base model; config/ holds the presets.
 
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
 @dataclass
 class ModelConfig:
     vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
@@ -110,7 +112,7 @@ class ModelConfig:
     normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
     short_conv: bool = False       # linear: causal depthwise convolution over 4 tokens on q, k and v
     output_gate: bool = False      # linear: multiply the output by SiLU of a projection of the input
-    chunk_size: int = 64           # linear: tokens C in a chunk; the result does not depend on it
+    chunk_size: int = 64           # linear: tokens C in a chunk; the result depends on it by rounding only
     window: int = 64               # window: tokens each token sees, itself included
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # the feed-forward half of a block
@@ -134,14 +136,14 @@ class ModelConfig:
         name, phi = self.feature_map, FEATURE_MAPS[self.feature_map]
         linear, rope = "linear" in self.mixers, self.pos == "rope"
         summed, delta = linear and self.normaliser == "sum", linear and self.delta
-        ordered = {"window", "conv"} & {*self.mixers} or self.short_conv or self.delta or self.decay != "none"
+        ordered = {"window", "conv"} & {*self.mixers} or linear and (self.short_conv or delta or self.decay != "none")
         turned = {self.head_dim("k" if mixer == "linear" else "") for mixer in self.mixers if mixer != "conv"}
-        odd = [width for width in turned if width % 2]
         for illegal, reason in (
             (self.dropout >= 1, f"dropout must be below 1, got {self.dropout}"),
             (self.dim % self.n_heads, f"dim={self.dim} must be a multiple of n_heads={self.n_heads}"),
             (self.head_dim("v") < 1, f"expand_v={self.expand_v} leaves v no width"),
-            (rope and odd, f"pos=rope turns pairs of features, so heads must be an even number wide, not {odd}"),
+            (rope and any(width % 2 for width in turned),
+             f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(turned)}"),
             (summed and not phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
              "negative: take normaliser=rms, or feature_map elu, relu or taylor"),
             (summed and rope and phi.can_vanish, f"feature_map={name} can make all weights zero, and pos=rope then "
@@ -156,11 +158,6 @@ class ModelConfig:
         """Width of one head: "k" and "v" of the linear mixer, otherwise of every other mixer."""
         width = self.dim // self.n_heads
         return {"k": self.feature_dim or width, "v": round(self.expand_v * width)}.get(which, width)
-
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,14 +221,16 @@ def _scores(q, k, D, expand):
 
 
 def _chunk(q, k, v, log_decay, beta, expand):
-    """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + W to the next.
+    """A chunk of C tokens as a map of the state S it starts from: it reads Y + Q S, and leaves A S + M to the next.
 
-    Plain: Y = P v, Q = q, A = 1, W = k^T v, with P = (q k^T) D, and q, k, A decayed since the start or until the end.
-    Delta rule: what is written is not v but u - w S; (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k] [5, Eq. 8 to 10].
-    Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), W (...,K,V).
+    With P = (q k^T) D; q_start = exp(G) q and k_start = exp(G) k, decayed since the start; k_end = exp(G_C - G) k.
+    Plain: Y = P v, Q = q_start, A = exp(G_C), M = k_end^T v.
+    Delta rule: u - w S is written in place of v, (I + tril(b (k k^T) D, -1)) [u, w] = b [v, k_start] [5, Eq. 8 to 10];
+    so Y = P u, Q = q_start - P w, A = exp(G_C) I - k_end^T w, M = k_end^T u.
+    Returns: Y (...,C,V), Q (...,C,K), A (...,1,1) or with the delta rule (...,K,K), M (...,K,V).
     """
     phi_q, phi_k, D = expand.phi(q), expand.phi(k), None
-    reads, keeps, A = phi_q, phi_k, v.new_ones(*v.shape[:-2], 1, 1)
+    q_start, k_end, A = phi_q, phi_k, v.new_ones(*v.shape[:-2], 1, 1)
     if log_decay is not None:
         G = log_decay.cumsum(-1)                                                  # (...,C)
         future = torch.ones(2 * G.shape[-1:], dtype=torch.bool, device=G.device).triu(1)
@@ -239,24 +238,24 @@ def _chunk(q, k, v, log_decay, beta, expand):
         # split it into exp(G_i) exp(-G_j).
         D = (G[..., :, None] - G[..., None, :]).masked_fill(future, -math.inf).exp()
         since_start, until_end = G.exp()[..., None], (G[..., -1:] - G).exp()[..., None]
-        reads, keeps, A = phi_q * since_start, phi_k * until_end, G[..., -1, None, None].exp()
+        q_start, k_end, A = phi_q * since_start, phi_k * until_end, G[..., -1, None, None].exp()
 
     P = _scores(q, k, D, expand)
     if beta is None:
-        return P @ v, reads, A, keeps.mT @ v
+        return P @ v, q_start, A, k_end.mT @ v
     b, K, V = beta[..., None], phi_k.shape[-1], v.shape[-1]
-    seen = phi_k if log_decay is None else phi_k * since_start
+    k_start = phi_k if log_decay is None else phi_k * since_start
     earlier = (b * _scores(k, k, D, expand)).tril(-1)
-    writes = torch.linalg.solve_triangular(earlier, b * torch.cat([v, seen], dim=-1), upper=False, unitriangular=True)
-    u, w = writes.split([V, K], dim=-1)
-    return P @ u, reads - P @ w, A * torch.eye(K, dtype=w.dtype, device=w.device) - keeps.mT @ w, keeps.mT @ u
+    both = torch.linalg.solve_triangular(earlier, b * torch.cat([v, k_start], dim=-1), upper=False, unitriangular=True)
+    u, w = both.split([V, K], dim=-1)
+    return P @ u, q_start - P @ w, A * torch.eye(K, dtype=w.dtype, device=w.device) - k_end.mT @ w, k_end.mT @ u
 
 
 @_form
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None, *, expand=None):
-    """All pairs of tokens at once, as one chunk: y = ((q k^T) D) v + exp(G) q S_0. The definition, in O(T^2)."""
-    Y, Q, A, W = _chunk(q, k, v, log_decay, beta, expand)
-    return Y + Q @ state, (A * state if beta is None else A @ state) + W
+    """All pairs of tokens as one chunk: plain, y = ((q k^T) D) v + exp(G) q S_0. The definition, in O(T^2)."""
+    Y, Q, A, M = _chunk(q, k, v, log_decay, beta, expand)
+    return Y + Q @ state, (A * state if beta is None else A @ state) + M
 
 
 @_form
@@ -283,11 +282,11 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     # 1. Cut time into N chunks. Zeros fill up the last one: a zero value (and a zero beta) writes nothing.
     def chunks(x):
         return None if x is None else F.pad(x, (0, 0) * (x.dim() - 3) + (0, -T % C)).unflatten(2, (-1, C))
-    Y, Q, A, W = _chunk(*map(chunks, (q, k, v, log_decay, beta)), expand)         # (B,H,N,...)
+    Y, Q, A, M = _chunk(*map(chunks, (q, k, v, log_decay, beta)), expand)         # (B,H,N,...)
 
     # 2. The recurrence again, one step per chunk. Unbound, since each A[:, :, n] would have a gradient as large as A.
     starts = []                                                                   # N of (B,H,K,V)
-    for move, write in zip(A.unbind(2), W.unbind(2)):
+    for move, write in zip(A.unbind(2), M.unbind(2)):
         starts.append(state)
         state = (move * state if beta is None else move @ state) + write
 
@@ -365,7 +364,7 @@ class Linear(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.map, dim, H = config, FEATURE_MAPS[config.feature_map], config.dim, config.n_heads
-        self.expand = self.map if self.map.kernel else None                       # left to the form
+        self.expand = self.map if self.map.kernel else None                       # after rope, by the form; elu before
         self.widths = [H * config.head_dim(which) for which in ("k", "k", "v")]   # of q, k and v, all heads together
         self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
         self.out = nn.Linear(self.widths[2], dim, bias=False)
@@ -389,8 +388,7 @@ class Linear(nn.Module):
         if config.short_conv:
             qkv, conv_state = self.conv(qkv, conv_state)
         q, k, v = by_heads(qkv, config.n_heads, self.widths)
-        if config.short_conv:
-            v = F.silu(v)                                                         # as [5, 6]; q and k get their map
+        v = F.silu(v) if config.short_conv else v                                 # as [5, 6]; q and k get their map
         beta = self.beta(x).sigmoid().transpose(1, 2) if config.delta else None   # (B,H,T)
         y, S = self.attend(self.form(q, v), q, k, v, self.log_decay(x), beta, S, ropes.get(q.shape[-1]))
         if config.normaliser == "rms":
@@ -411,7 +409,7 @@ class Linear(nn.Module):
         return functools.partial(linear_attention_chunked, chunk_size=self.config.chunk_size)
 
     def log_decay(self, x):                                                       # (B,T,dim) -> (B,H,T)
-        """In fp32 or wider, the weights too: decays near 1 are what bf16 can't tell from 1."""
+        """In fp32 or wider: bf16 can't tell decays near 1 from 1. Only x W is autocast's, as in the code of [6, 8]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.config.decay == "fixed":                                          # gamma = 1 - 2^(-5-h) [3, Eq. 8]
             h = torch.arange(self.config.n_heads, device=x.device, dtype=wide)
@@ -419,15 +417,15 @@ class Linear(nn.Module):
         if self.config.decay == "gated":
             step = F.softplus(self.decay(x).to(wide) + self.decay_bias)
             return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
+        return None
 
-    @kernels.remade
+    @kernels.checkpointed
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
         """The feature map, the rotation, and one form with or without the sum normaliser."""
         if self.expand is None:
             q, k = self.map.phi(q), self.map.phi(k)
         turned = (rotate(q, rope), rotate(k, rope))
-        own = True if self.expand or rope is None else (q, k)                     # the sum is not rotated
-        divide_by = own if self.config.normaliser == "sum" else False
+        divide_by = False if self.config.normaliser == "rms" else True if self.expand or rope is None else (q, k)
         return form(*turned, v, log_decay, beta, S, expand=self.expand, divide_by=divide_by)
 
 
@@ -516,9 +514,9 @@ MLPS = {"gelu": F.gelu, "swiglu": swiglu, "relu2": lambda x: F.relu(x).square()}
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation, hidden, inner = MLPS[config.mlp], round(config.mlp_ratio * config.dim), 1
+        self.activation, hidden, inner = MLPS[config.mlp], max(1, round(config.mlp_ratio * config.dim)), 1
         if config.mlp == "swiglu":                                                # three matrices for the price of two
-            hidden, inner = round(hidden * 2 / 3 / 8) * 8, 2
+            hidden, inner = max(8, round(hidden * 2 / 3 / 8) * 8), 2
         self.up = nn.Linear(config.dim, hidden * inner, bias=False)
         self.out = nn.Linear(hidden, config.dim, bias=False)
 
@@ -532,14 +530,13 @@ class Block(nn.Module):
     def __init__(self, config, mixer):
         super().__init__()
         self.norm1, self.mixer = NORMS[config.norm](config.dim), MIXERS[mixer](config)
-        if config.mlp_ratio:
-            self.norm2, self.mlp = NORMS[config.norm](config.dim), MLP(config)
+        self.norm2, self.mlp = (NORMS[config.norm](config.dim), MLP(config)) if config.mlp_ratio else (None, None)
         self.dropout = config.dropout
 
     def forward(self, x, state, ropes):
         y, state = self.mixer(self.norm1(x), state, ropes)
         x = x + F.dropout(y, self.dropout, self.training)
-        if hasattr(self, "mlp"):
+        if self.mlp is not None:
             x = x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
         return x, state
 
@@ -554,10 +551,9 @@ class LM(nn.Module, Shared):
         self.embed = nn.Embedding(rows, config.dim)
         if config.pos == "learned":
             self.embed_pos = nn.Embedding(config.seq_len, config.dim)
-        pattern = (config.mixers * config.depth)[:config.depth]
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in pattern)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in (config.mixers * config.depth)[:config.depth])
         self.norm = NORMS[config.norm](config.dim)
-        self.softmax_loss = kernels.softmax_loss                                  # train.py may put a compiled one here
+        self.softmax_loss = kernels.softmax_loss                                  # machine.py compiles it
         self.unembed = nn.Linear(config.dim, rows, bias=False)
         if config.tied:
             self.unembed.weight = self.embed.weight
@@ -580,12 +576,12 @@ class LM(nn.Module, Shared):
                                             self.config.vocab_size, self.softmax_loss), state
 
     def hidden(self, idx, state=None):
-        """The blocks' output before the output projection: idx (B,T) -> (B,T,dim), and the new state."""
+        """The final norm's output, before the output projection: idx (B,T) -> (B,T,dim), and the new state."""
         config, T = self.config, idx.shape[1]
         require(state is None or config.causal, "causal=False reads a text whole: there is no state to go on from")
         require(T > 0, "there must be at least one token to read")
         state = state or {"tokens": idx.new_zeros(()), "layers": [None] * config.depth}
-        past = state["tokens"]
+        past, layers = state["tokens"], [*state["layers"]]
         positions = past + torch.arange(T, device=idx.device)
         x = self.embed(idx)
         if config.pos == "learned":
@@ -597,10 +593,8 @@ class LM(nn.Module, Shared):
         x = F.dropout(x, config.dropout, self.training)
         turned = {config.head_dim("k"), config.head_dim()} if config.pos == "rope" else ()
         ropes = {width: rope_table(positions, width) for width in turned}
-        layers = []
-        for block, layer in zip(self.blocks, state["layers"]):
-            x, layer = block(x, layer, ropes)
-            layers.append(layer)
+        for i, block in enumerate(self.blocks):
+            x, layers[i] = block(x, layers[i], ropes)
         return self.norm(x), {"tokens": past + T, "layers": layers}
 
     def logits(self, x):
@@ -608,7 +602,7 @@ class LM(nn.Module, Shared):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
-        """Yields one token for each text of idx (B,T), max_new_tokens times, in memory that does not grow with either.
+        """Yields one token for each text of idx (B,T), max_new_tokens times. Memory grows only where mixers=softmax.
 
         The prompt is read in pieces through the chunked form, then every token through the recurrent one, on a GPU as a
         CUDA graph. temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that

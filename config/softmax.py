@@ -1,9 +1,10 @@
-"""The baseline: the base model with softmax attention (SDPA) in place of linear attention; nothing else differs.
+"""The baseline: the base model with softmax attention (Vaswani et al. 2017, arXiv 1706.03762); nothing else differs.
 
     python prepare.py
     python train.py config/softmax.py
 
-44.64 M parameters (18.88 M beside the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows with the text.
+44.64 M parameters (18.88 M beside the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows
+with the text.
 """
 out_dir = "out/softmax"
 dataset = "c4"

@@ -798,6 +798,21 @@ def test_greedy_generation_is_the_argmax_of_a_full_forward(preset):
         assert torch.equal(generate(lm, idx[:, :7], 12, **sharp), idx[:, 7:])
 
 
+def test_a_prompt_is_read_in_pieces_and_then_token_by_token(monkeypatch):
+    lm, hidden, lengths = tiny(), LM.hidden, []
+    monkeypatch.setattr(lm, "hidden", lambda idx, state: lengths.append(idx.shape[1]) or hidden(lm, idx, state))
+    generate(lm, torch.randint(70, (2, 7)), 3, piece=3)
+    assert lengths == [3, 3, 1, 1, 1]
+
+
+def test_a_text_of_no_tokens_and_a_state_without_an_order_in_time_are_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        tiny()(torch.zeros(1, 0, dtype=torch.long))
+    lm, idx = tiny(causal=False), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="no state to go on from"):
+        lm(idx, state=lm(idx)[1])
+
+
 def test_sampling_repeats_by_seed_and_continues_from_a_state():
     lm, idx = tiny(), torch.randint(70, (2, 7))
 
@@ -856,6 +871,17 @@ def test_an_illegal_configuration_is_refused_with_one_sentence(word, options):
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
 
 
+@pytest.mark.parametrize("options", [dict(decay="gated"), dict(delta=True), dict(short_conv=True)], ids=str)
+def test_an_option_of_the_linear_mixer_is_not_counted_where_there_is_none(options):
+    ModelConfig(**{**TINY, **options}, mixers="softmax", causal=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tiny_mlp_has_at_least_one_unit():
+    for mlp, least in (("gelu", 1), ("swiglu", 8)):
+        assert tiny(mlp=mlp, mlp_ratio=0.01).blocks[0].mlp.out.in_features == least
+
+
 def test_the_base_model_has_the_parameters_of_the_paper_card():
     with torch.device("meta"):
         lm, untied = LM(ModelConfig()), LM(ModelConfig(tied=False))
@@ -873,7 +899,7 @@ def test_a_preset_has_the_parameters_and_the_state_of_its_comment(name):
     _, state = lm.hidden(torch.zeros(1, 1024, dtype=torch.long))
     size = sum(x.numel() * x.element_size() for x in tree_leaves(state["layers"]) if x is not None)
     said = re.search(r"([\d.]+) M parameters \(([\d.]+) M beside the embedding\).*? ([\d.]+) MB", path.read_text())
-    assert "arXiv" in path.read_text() or name == "softmax"                      # the source; softmax is the baseline
+    assert "arXiv" in path.read_text()                                           # the source
     assert said.groups() == tuple(f"{n / 1e6:.2f}" for n in (total, total - embedding, size))
     assert abs(total - embedding - 18.91e6) < 0.005 * 18.91e6                    # so any two are within 1 %
 
@@ -886,6 +912,21 @@ def test_initial_weights_have_the_scale_of_gpt2():
     for block in lm.blocks:                                                      # [8]: A in 1..16, steps in 0.001..0.1
         A, step = block.mixer.log_A.exp(), F.softplus(block.mixer.decay_bias)
         assert (A >= 1).all() and (A <= 16).all() and (step > 0.00099).all() and (step < 0.101).all()
+
+
+@torch.no_grad()
+def test_dropout_is_on_the_embedding_and_on_both_branches_of_a_block():
+    lm, idx, seen = tiny(dropout=0.5, depth=1).train(), torch.randint(70, (4, 20)), []
+    block = lm.blocks[0]
+    block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    lm(idx)
+    kept = seen[0] / lm.embed(idx)                                               # 0 or 1 / (1 - p)
+    assert ((kept == 0) | (kept == 2)).all() and 0.4 < (kept == 0).double().mean() < 0.6
+    for silent in (block.mlp, block.mixer):                                      # which leaves the other branch alone
+        out, x = silent.out.weight.clone(), torch.randn(4, 20, 16).double()
+        silent.out.weight.zero_()
+        assert 0.4 < (block(x, None, {})[0] == x).double().mean() < 0.6
+        silent.out.weight.copy_(out)
 
 
 def test_dropout_acts_in_training_only():
