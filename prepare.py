@@ -713,7 +713,7 @@ def encode_all(config, options, sources):
     bar = tqdm(total=sum(source.size for source in sources), desc=config.dataset, unit="B", unit_scale=True, delay=1,
                mininterval=0.5 if sys.stderr.isatty() else 30)
     with bar, futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
-        start = time.monotonic()
+        start, waiting = time.monotonic(), ()
         try:
             waiting = {pool.submit(encode_source, *task) for task in enumerate(sources)}
             while waiting:
@@ -724,14 +724,16 @@ def encode_all(config, options, sources):
                 bar.update(sum(progress[1::2]) - bar.n)
                 for future in done:
                     future.result()
-            for worker in multiprocessing.active_children():  # all is done; one killed while it waited would hang the rest
-                worker.kill()
         except futures.process.BrokenProcessPool:
             raise UserError("a worker process was killed, perhaps for want of memory: try fewer --processes; the same "
                             "command continues where this one stopped") from None
         finally:
-            progress[0] = True
-            pool.shutdown(cancel_futures=True)
+            progress[0] = True  # who is at work stops, and leaves nothing half-written
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in waiting):
+                time.sleep(0.01)
+            for worker in multiprocessing.active_children():  # all are idle; one killed while it waited would hang the rest
+                worker.kill()
 
 
 def write_manifest(folder):

@@ -563,6 +563,40 @@ def test_a_killed_run_leaves_no_process_that_writes_on(tmp_path):
     assert not list(tmp_path.glob("data/x/*.json"))
 
 
+STUCK = '''
+import os, pathlib, signal, sys, threading, time
+import prepare
+
+def task(index, source):
+    if index:
+        stop = lambda: (pathlib.Path("stopped").touch(), os.kill(os.getpid(), signal.SIGSTOP))
+        return threading.Timer(0.1, stop).start()
+    while not pathlib.Path("stopped").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    raise prepare.UserError("this source fails")
+
+if __name__ == "__main__":
+    prepare.encode_source = task
+    prepare.command(lambda: prepare.main(sys.argv[1:]))
+'''
+
+
+def test_an_idle_worker_that_never_answers_does_not_hang_a_run_whose_source_fails(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    write_jsonl(tmp_path / "b.jsonl", ["b"])
+    (tmp_path / "stuck.py").write_text(STUCK)
+    command = [sys.executable, "stuck.py", "--dataset=x", "--data_files=*.jsonl", "--tokenizer=bytes", "--processes=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
+    try:
+        _, err = process.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, err) == (2, "stuck.py: this source fails\n")
+
+
 def test_a_restart_skips_what_is_whole_and_mends_what_is_not(tmp_path):
     flag, folder = write_c4(tmp_path), tmp_path / "data/c4"
     run(tmp_path, flag)
