@@ -131,10 +131,10 @@ def load_pretrained(source, device="cpu"):
 class Log:
     """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after it."""
 
-    def __init__(self, path, step, trackers=()):
+    def __init__(self, path, step, trackers=(), again=True):
         self.path, self.trackers = path, trackers
-        # Evaluations come after the checkpoint of their step is saved, so those of `step` itself will be made again.
-        keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and "loss" in r]
+        # An evaluation comes after the checkpoint of its step is saved: `again` if that of `step` will be repeated.
+        keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and ("loss" in r or not again)]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
 

@@ -156,7 +156,9 @@ class Run:
                 if self.is_due(config.log_interval):
                     self.report(bar, loss, grad_norm, clock.tokens_per_s(self.step))
                 stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: a stop has its save
-                if stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval):
+                due = self.is_due(config.save_interval) or self.is_due(config.eval_interval)
+                good = not self.skips_in_a_row or self.step >= config.max_steps   # else these weights may be the cause
+                if stop or due and good:
                     self.save(self.latest)
         if RANK == 0:
             if not stop:
@@ -164,7 +166,8 @@ class Run:
             for tracker in self.log.trackers:
                 tracker.close(self.step, self.out_dir / "loss.png")
         if stop:
-            say(f"stopped at step {self.step}; the same command continues")
+            then = "leave out --resume=false to go on" if config.resume is False else "the same command continues"
+            say(f"stopped at step {self.step}; {then}")
             raise SystemExit(128 + stop)
 
     def is_due(self, interval):
@@ -250,6 +253,17 @@ class Run:
         self.step, self.best_loss = checkpoint["step"], checkpoint["best_loss"]
         self.spikes, (self.skips, self.skips_in_a_row) = Spikes(checkpoint["recent_losses"]), checkpoint["skips"]
         torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: steps seed their own
+        if self.config.resume == "changed":
+            self.skips_in_a_row, self.best_loss = 0, self.loss_of_best()
+
+    def loss_of_best(self):
+        """That of best.pt, which may be of an evaluation after ckpt.pt was saved; infinity where ours are of others."""
+        if not self.best.exists():
+            return math.inf
+        best = load_checkpoint(self.best)
+        same = (best["data"] == self.data.fingerprint and best["config"].get("eval_tokens") == self.config.eval_tokens
+                and best["model_config"]["seq_len"] == self.model_config.seq_len)
+        return best["best_loss"] if same else math.inf
 
     def open_folder(self, fresh):
         """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
@@ -264,7 +278,8 @@ class Run:
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
-        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers)
+        again = self.step == 0 or self.is_due(self.config.eval_interval)
+        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers, again)
         if not fresh:
             keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
 
@@ -597,6 +612,8 @@ def start_from(model, source, name):
 def find_checkpoint(config, model_config, data):
     """The checkpoint of out_dir that this command continues (or evaluates), or None. UserError if it should not."""
     latest = Path(config.out_dir) / "ckpt.pt"
+    if config.resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        config.resume = "auto"                                                    # torchrun's restart of our own run
     if config.eval_only or config.resume in (True, "changed") or config.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(latest)
         if config.precision == "auto":                                            # a probe may answer differently today

@@ -1,4 +1,5 @@
 """train.py: the curve depends on the config alone; a kill, a full disk or a rotten file loses and hides nothing."""
+import copy
 import fcntl
 import itertools
 import json
@@ -499,6 +500,24 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     assert torch.load("out/ckpt.pt", weights_only=True)["config"]["lr"] == 0.02
 
 
+def test_a_run_that_starts_over_says_how_to_go_on_and_torchruns_restart_of_it_goes_on(run, monkeypatch):
+    at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert "stopped at step 5; leave out --resume=false to go on" in run("--resume=false").err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "continuing at step 5" in run("--resume=false").err
+
+
+def test_changed_settings_keep_a_better_best_and_the_last_evaluation_but_not_on_other_data(run, tmp_path, monkeypatch):
+    run("--max_steps=8")
+    best, log = load_checkpoint(Path("out/best.pt")), records(tmp_path / "run")
+    worse = {"val_loss": best["best_loss"] + 1, "ppl": 2.0, "bits_per_byte": 2.0}
+    monkeypatch.setattr(train, "evaluate", lambda *args: worse)
+    assert best["step"] == 8 and run("--max_steps=10", "--eval_interval=99", "--resume=changed").code == 0
+    assert load_checkpoint(Path("out/best.pt"))["step"] == 8 and records(tmp_path / "run")[:len(log)] == log
+    run("--max_steps=12", "--resume=changed", *write_dataset(tmp_path / "other/text"))
+    assert load_checkpoint(Path("out/best.pt"))["step"] == 12
+
+
 def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkeypatch):
     run(at="undisturbed")
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -662,10 +681,17 @@ def poison(monkeypatch, steps, how):
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(run, tmp_path, monkeypatch, how):
     poison(monkeypatch, (3, 4, 8), how)
+    states, step = [], train.train_step
+
+    def kept(model, optimizer, *args):
+        result = step(model, optimizer, *args)
+        states.append(copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]]))
+        return result
+    monkeypatch.setattr(train, "train_step", kept)
     assert run("--save_interval=1", "--keep_last=99").code == 0
-    weights = [torch.load(f"out/ckpt-{step:08}.pt", weights_only=True) for step in range(1, 13)]
-    unchanged = [i + 1 for i in range(1, 12) if same(weights[i]["model"], weights[i - 1]["model"])
-                 and same(weights[i]["optimizer"]["state"], weights[i - 1]["optimizer"]["state"])]
+    weights = [torch.load(path, weights_only=True) for path in sorted(Path("out").glob("ckpt-*.pt"))]
+    assert [checkpoint["step"] for checkpoint in weights] == [1, 2, 3, 6, 7, 8, 10, 11, 12]
+    unchanged = [i + 1 for i in range(1, 12) if same(states[i], states[i - 1])]
     assert unchanged[:3] == [4, 5, 9] and weights[-1]["skips"] == [3, 0]
     skipped = [r for r in records(tmp_path / "run") if r.get("skipped")]
     assert [(r["step"], r["skips"]) for r in skipped] == [(4, 1), (5, 2), (9, 3)]
@@ -674,11 +700,16 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(run, tmp_pat
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch):
-    poison(monkeypatch, range(4, 99), "loss")
-    result = run("--max_skips=5")
+    with monkeypatch.context() as patch:
+        poison(patch, range(4, 99), "loss")
+        result = run("--max_skips=5", "--save_interval=2")
     assert result.code == 2 and "5 steps in a row were skipped" in result.err.splitlines()[-1]
     checkpoint = load_checkpoint(Path("out/ckpt.pt"))
-    assert checkpoint["step"] == 6 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+    assert checkpoint["step"] == 4 and checkpoint["skips"] == [0, 0]
+    checkpoint["skips"] = [4, 4]                                                  # as of a Ctrl-C in the row
+    torch.save(checkpoint, "out/ckpt.pt")
+    assert run("--max_skips=5", "--resume=changed").code == 0
+    assert load_checkpoint(Path("out/ckpt.pt"))["skips"] == [4, 0]
 
 
 def test_skips_in_a_row_are_counted_across_a_restart(run, monkeypatch):
