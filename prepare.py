@@ -318,8 +318,8 @@ def read(path, begin, end, tally):
 
 
 def unreadable(path, error):
-    return UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command continues "
-                     "where this one stopped")
+    return UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command "
+                     "continues where this one stopped")
 
 
 def read_json_lines(path, tally):
@@ -338,8 +338,8 @@ def read_json_lines(path, tally):
             if path.endswith(".gz") and not raw.tell():
                 raise EOFError  # to gzip, no bytes at all are a whole file
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch the "
-                            "file again, or give what `gzip -dc` still reads of it") from None
+            raise UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch "
+                            "the file again, or give what `gzip -dc` still reads of it") from None
 
 
 def open_bytes(path):
@@ -529,7 +529,7 @@ def end_with_parent():
 def encode_source(index, source):
     """Makes sure that a source is committed. Tells PROGRESS[1 + 2 * index] the bytes read, the next cell the tokens."""
     record, sha256 = read_record(CONFIG.folder / source.record), source.sha256()
-    if record and one_entry(record).get("source_sha256", sha256) != sha256:  # seen here and not before: it takes a while
+    if record and one_entry(record).get("source_sha256", sha256) != sha256:  # a worker's task: it takes long
         raise UserError(changed(CONFIG.folder, source))
     bad = record and max(entry.get("bad", 0) for entry in record["files"].values())
     if not record or bad > CONFIG.max_bad or any(bin_problems(CONFIG.folder, record, whole=True)):
@@ -628,7 +628,8 @@ def prepare(config):
 
 def made_files(folder, ending):
     """The files of sources, by name; whatever else lies in the folder is the user's."""
-    return sorted(path for path in folder.glob("*-*") if re.fullmatch(rf"(train|val|both)-\d{{5,}}\.{ending}", path.name))
+    name = re.compile(rf"(train|val|both)-\d{{5,}}\.{ending}")
+    return sorted(path for path in folder.glob("*-*") if name.fullmatch(path.name))
 
 
 def list_records(folder):
@@ -732,7 +733,7 @@ def encode_all(config, options, sources):
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in waiting):
                 time.sleep(0.01)
-            for worker in multiprocessing.active_children():  # all are idle; one killed while it waited would hang the rest
+            for worker in multiprocessing.active_children():  # idle; one killed while it waited would hang the rest
                 worker.kill()
 
 
@@ -743,7 +744,7 @@ def write_manifest(folder):
     manifest = records[0] | {"files": dict(sorted(files.items()))}
     check_not_empty(folder, manifest)
     path = folder / "manifest.json"
-    if not path.is_file() or path.read_bytes() != seal(manifest):  # a finished dataset may lie on a full or read-only disk
+    if not path.is_file() or path.read_bytes() != seal(manifest):  # the disk may be full, or read-only
         write_sealed(path, manifest)
     return manifest
 
