@@ -39,7 +39,9 @@ def keep(latest, step, count):
             os.link(latest, temporary)
         except OSError:                                                           # a file system without hard links
             shutil.copyfile(latest, temporary)
-    for old in sorted(name.parent.glob("ckpt-*.pt"))[:-count]:
+    names = sorted(name.parent.glob("ckpt-" + 8 * "[0-9]" + ".pt"))
+    past = [path for path in names if path <= name]                               # later: before the user went back
+    for old in [*past[:-count], *names[len(past):]]:
         old.unlink()
 
 
@@ -140,14 +142,23 @@ class Log:
 
     @staticmethod
     def read(path):
-        """The records of a metrics.jsonl, without the line in whose middle a kill came."""
-        records = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        """The records of a metrics.jsonl, without the line in whose middle a kill came; other bad lines are named."""
+        records, bad = [], []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return [record for record in records if isinstance(record, dict) and "step" in record]
+                record = json.loads(line)
+                if type(record["step"]) is not int or type(record["tokens"]) is not int:
+                    raise TypeError
+                if not all(isinstance(value, (int, float, type(None))) for value in record.values()):
+                    raise TypeError
+                records.append(record)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                if number < len(lines) or not isinstance(error, ValueError):
+                    bad.append(number)
+        if bad:
+            say(f"warning: {path} is damaged: {len(bad)} lines are left out, the first is line {bad[0]}")
+        return records
 
     def write(self, **record):
         """Numbers that JSON does not have (a loss of NaN) become null."""

@@ -6,6 +6,7 @@ and a precision, and get the best there is, or one line that says what is missin
 import atexit
 import ctypes
 import os
+import re
 import sys
 import time
 import traceback
@@ -23,6 +24,8 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 def pick_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; of several processes each takes a GPU of its own."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"device must be auto, cpu, cuda, cuda:1 (any number) or mps, got {name!r}: try --device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cpu":
@@ -116,9 +119,10 @@ def out_of_memory(mend):
     """Turns any of the errors for want of memory into one line that says what helps."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:                                  # numpy's; CUDA's, MPS's, the CPU's
-        known = ("out of memory", "DefaultCPUAllocator")
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
+    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:        # numpy's; CUDA's, MPS's, the CPU's; a
+        known = ("out of memory", "DefaultCPUAllocator", "calculation overflowed",  # size that no integer of C++ holds
+                 "argument 'size' failed to unpack", "Overflow when unpacking long", "too large to convert to C")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
         raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {mend}") from None
 

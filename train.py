@@ -5,7 +5,7 @@
     python train.py config/base.py                    the same command again continues a run that was stopped
     python train.py config/base.py --eval_only        the validation loss of out_dir's checkpoint
     python train.py config/finetune.py --init_from=out/base --dataset=mine    goes on from its weights, on other text
-    torchrun --nproc_per_node=2 train.py config/base.py    the same run on two GPUs (without any, on two processes)
+    torchrun --standalone --nproc_per_node=2 train.py config/base.py    the same run on two GPUs (without any, on two processes)
 
 Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
@@ -86,9 +86,11 @@ class TrainConfig:
         for key in ("warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
-        for key in ("decay_frac", "beta1", "beta2"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} must be in 0..1, got {getattr(self, key)}")
+        if not 0 <= self.decay_frac <= 1:
+            raise ValueError(f"decay_frac must be in 0..1, got {self.decay_frac}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
         if not self.dataset:
             raise ValueError("dataset must be the name of a folder in data_dir, got none")
         if self.seed >= 2**63:
@@ -274,7 +276,8 @@ class Run:
         trackers = [tracker(self, fresh) for tracker in wanted]
         try:
             old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob("ckpt-*.pt")] if fresh else []
-            for stale in [*self.out_dir.glob("*.tmp"), *old]:
+            ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", "ckpt-*.pt")
+            for stale in [*old, *(path for name in ours for path in self.out_dir.glob(name + ".tmp"))]:
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
@@ -407,7 +410,8 @@ class Windows:
     def __init__(self, files, seq_len, seed):
         self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
         if not self.files:
-            raise UserError(f"the longest file of the dataset has {max(map(len, files), default=0)} tokens, too short "
+            longest = max(files, key=len)
+            raise UserError(f"{longest.filename}, the longest file of its split, has {len(longest)} tokens, too short "
                             f"for one sequence: prepare more text, or take --seq_len below that")
         self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
         self.ends = np.cumsum(self.counts)

@@ -95,6 +95,21 @@ def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_p
     assert "no loss.png: pip install matplotlib draws it\n" in capsys.readouterr().err
 
 
+def test_damaged_lines_of_the_log_are_named_and_left_out(tmp_path, capsys):
+    good, path = '{"step": 1, "tokens": 8, "loss": 3.0}', tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([good, good.replace("1", '"1"'), good.replace("tokens", "tokenz"), "{", good, "{"]))
+    assert checkpoint.Log.read(path) == [json.loads(good)] * 2
+    assert "3 lines are left out, the first is line 2" in capsys.readouterr().err
+
+
+def test_keep_drops_the_checkpoints_of_an_abandoned_branch_first(tmp_path):
+    for name in ("ckpt.pt", *(f"ckpt-000000{step}.pt" for step in (20, 30, 40)), "ckpt-mine.pt"):
+        (tmp_path / name).write_text(name)
+    for step in (22, 24):
+        checkpoint.keep(tmp_path / "ckpt.pt", step, 3)
+    assert [path.name[5:-3] for path in sorted(tmp_path.glob("ckpt-*"))] == ["00000020", "00000022", "00000024", "mine"]
+
+
 def without_wall_clock(values):
     return {key: value for key, value in values.items() if key not in ("tokens_per_s", "time")}
 

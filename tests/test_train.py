@@ -543,9 +543,10 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     assert "no checkpoint out/ckpt.pt" in refusal("--resume")
     run("--seed=1", "--keep_last=3")
     Path("out/mine.pt").write_text("not train.py's")
+    Path("out/mine.tmp").write_text("not train.py's either")
     Path("out/ckpt.pt.tmp").write_text("half a checkpoint")
     assert run("--max_steps=1", "--resume=false").code == 0
-    assert sorted(contents(tmp_path / "run")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "mine.pt"]
+    assert sorted(contents(tmp_path / "run")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "mine.pt", "mine.tmp"]
     assert len(losses(tmp_path / "run")) == 1
     Path("out/ckpt.pt").unlink()
     assert "copy it to ckpt.pt" in refusal("--max_steps=1")
@@ -557,6 +558,9 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--grad_accum=3"], "multiple of grad_accum"),
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
+    (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
+    (["--dim=10**20"], "out of memory"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
+    (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "val-00000.bin, the longest file of its split, has"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
     (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name is too long"),
     (["--out_dir=a\0b"], "embedded null byte"), (["nofile.py"], "no such config file"),
