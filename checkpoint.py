@@ -106,7 +106,7 @@ def load_pretrained(source, device="cpu"):
     files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
     if files:
         return load_model(load_checkpoint(files[0]), device)
-    if not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):     # out/bsae: the hub need not be asked
+    if not path.exists() and (source.count("/") != 1 or path.parent.is_dir() or path.parts[0] == "out"):     # out/bsae: the hub need not be asked
         raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # its lines on retries: ours is enough
     try:
@@ -237,9 +237,12 @@ def wanted_trackers(config):
     for tracker in wanted:
         try:
             importlib.import_module(tracker.package)
-        except ImportError:
+        except Exception as error:  # not there, or there and of no use: of another numpy, another Python
             key = "tensorboard" if tracker is TensorBoard else "wandb_project"
-            raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
+            if isinstance(error, ModuleNotFoundError) and error.name == tracker.package:
+                raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
+            raise UserError(f"--{key} needs {tracker.package}, which does not import "
+                            f"({type(error).__name__}: {error}): mend that, or leave it out") from None
     return wanted
 
 

@@ -5,7 +5,7 @@
     python train.py config/base.py                    the same command again continues a run that was stopped
     python train.py config/base.py --eval_only        the validation loss of out_dir's checkpoint
     python train.py config/finetune.py --init_from=out/base --dataset=mine    goes on from its weights, on other text
-    torchrun --standalone --nproc_per_node=2 train.py config/base.py    the same run on two GPUs (without any, on two processes)
+    torchrun --standalone --nproc_per_node=2 train.py config/base.py    the same run on two GPUs, or CPU processes
 
 Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
@@ -629,6 +629,10 @@ def find_checkpoint(config, model_config, data):
             refuse_changes(latest, checkpoint, config, model_config, data)
         return checkpoint
     others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
+    log = Log.read(latest.with_name("metrics.jsonl")) if config.resume == "auto" else []
+    if not others and any("val_loss" in record or record["step"] > config.save_interval for record in log):
+        raise UserError(f"{latest.parent} has no checkpoint, but the log of a run that had one: move metrics.jsonl "
+                        "away, take another --out_dir, or --resume=false to start over")
     if config.resume == "auto" and others:
         raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to go on from "
                         "there, or take --resume=false to start over")

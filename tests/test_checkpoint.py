@@ -166,6 +166,13 @@ def test_a_tracker_that_is_not_installed_is_named_before_training(refusal, monke
     assert f"pip install {package}, or leave it out" in refusal(flag)
 
 
+def test_a_tracker_that_is_there_but_fails_says_what_failed(refusal, monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("import no_such_thing")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "wandb, which does not import (ModuleNotFoundError: No module named 'no_such" in refusal("--wandb_project=x")
+
+
 def test_a_tracker_that_does_not_start_is_one_line(run, monkeypatch):
     def init(**options):
         raise RuntimeError("api_key not configured\nand more")

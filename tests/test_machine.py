@@ -95,10 +95,11 @@ def test_a_large_tensor_takes_memory_that_was_freed_before():
         import resource, torch, train
         train.pick_device("cpu")
         faults = []
-        for _ in range(3):
+        for _ in range(16):                                                       # the first ones may find no hole
             torch.zeros(2**24)                                                    # 64 MB, 16,384 pages
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        assert faults[2] - faults[1] < 1000, faults"""
+        new = [after - before for before, after in zip(faults, faults[1:])]
+        assert sum(pages < 1000 for pages in new) >= 5, faults"""
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(train.__file__).parent)
 
 

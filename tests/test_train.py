@@ -550,6 +550,8 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     assert len(losses(tmp_path / "run")) == 1
     Path("out/ckpt.pt").unlink()
     assert "copy it to ckpt.pt" in refusal("--max_steps=1")
+    Path("out/best.pt").unlink()
+    assert "the log of a run that had one" in refusal("--max_steps=1")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -931,6 +933,7 @@ def test_a_softmax_model_becomes_a_linear_one_that_keeps_all_weights_and_says_wh
 
 @pytest.mark.parametrize("flags, message", [
     (["--init_from=none", "--out_dir=new"], "there is no none: train first"),
+    (["--init_from=out/none", "--out_dir=new"], "there is no out/none: train first"),
     (["--init_from=out"], "init_from=out lies in out_dir"), (["--init_from=out/best.pt"], "take another --out_dir"),
     (["--init_from=out", "--out_dir=new", "--dim=32"], "another shape (dim was 16, now 32): blocks.0.mlp.out.weight and"),
     (["--init_from=out", "--out_dir=new", "--depth=2"], "depth was 1, now 2"),
