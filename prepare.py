@@ -207,6 +207,8 @@ def find_files(patterns):
     found = set()
     for pattern in [patterns] if glob.glob(patterns, recursive=True) else re.split(r"[\s,]+", patterns.strip(" ,")):
         matches = {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)}
+        if not matches and os.path.isdir(os.path.expanduser(pattern)):
+            raise UserError(f"--data_files: {pattern} is a folder: name its files, '{os.path.join(pattern, '*.txt')}'")
         if not matches:
             raise UserError(f"--data_files: no file matches {pattern!r}")
         found |= matches

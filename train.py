@@ -714,7 +714,8 @@ def train(config, model_config, checkpoint, data, device):
     say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
         f"{run.tokens_per_step:,} tokens a step, "
         f"{run.tokens_per_step * config.max_steps / run.windows.tokens:.2g} epochs"
-        + f", {WORLD} processes" * (WORLD > 1) + f", continuing at step {run.step}" * bool(run.step))
+        + f", {WORLD} processes" * (WORLD > 1)
+        + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
     run.train()
     say(f"done: python sample.py --out_dir={run.out_dir}")
 
