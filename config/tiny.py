@@ -3,6 +3,9 @@
     python prepare.py --dataset=stdlib
     python train.py config/tiny.py
     python sample.py --out_dir=out/tiny --prompt="def "
+
+1.84 M parameters; 281 kB of state per sequence. About 4 minutes on two cores, to 1.08 nats a byte.
+Source: layers in turn gated linear attention and a window, as Based [arXiv 2402.18668] mixes the two.
 """
 out_dir = "out/tiny"
 dataset = "stdlib"
@@ -19,7 +22,7 @@ pos = "none"
 
 batch_size = 16
 grad_accum = 1
-optimizer = "muon"  # at the same 700 steps: 1.07 nats a byte on validation text, where AdamW at lr 3e-3 has 1.33
+optimizer = "muon"  # AdamW at lr 3e-3 ended these 700 steps at 1.31 to 1.35 nats a byte
 lr = 2e-2
 warmup_steps = 50
 max_steps = 700
