@@ -5,6 +5,7 @@ import random
 import signal
 import stat
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,7 @@ def test_wandb_offline_takes_both_parts_of_a_resumed_run(run, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("--wandb_project=mine").code == 143
+    time.sleep(1.1)                                                               # W&B names its folders by the second
     assert run("--wandb_project=mine").code == 0
     name = Path("out/wandb_id").read_text()
     assert len(list(Path("out/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
