@@ -26,6 +26,7 @@ from prepare import replacing
 
 CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss",
               "recent_losses", "skips"}
+KEPT = "ckpt-" + 8 * "[0-9]" + ".pt"                                              # the glob of what keep() keeps
 SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -39,7 +40,7 @@ def keep(latest, step, count):
             os.link(latest, temporary)
         except OSError:                                                           # a file system without hard links
             shutil.copyfile(latest, temporary)
-    names = sorted(name.parent.glob("ckpt-" + 8 * "[0-9]" + ".pt"))
+    names = sorted(name.parent.glob(KEPT))
     past = [path for path in names if path <= name]                               # later: before the user went back
     for old in [*past[:-count], *names[len(past):]]:
         old.unlink()
@@ -106,7 +107,8 @@ def load_pretrained(source, device="cpu"):
     files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
     if files:
         return load_model(load_checkpoint(files[0]), device)
-    if not path.exists() and (source.count("/") != 1 or path.parent.is_dir() or path.parts[0] == "out"):     # out/bsae: the hub need not be asked
+    hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] != "out"
+    if not path.exists() and not hub_id:                                          # out/bsae: the hub isn't asked
         raise UserError(f"there is no {source}: train first, or name the folder of a trained model")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)               # its lines on retries: ours is enough
     try:

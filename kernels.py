@@ -29,6 +29,7 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -451,10 +452,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, g, b, qz, kz, z, y if ctx.norm else None, starts, zs, x, final)
 
 
-torch.library.define("lat::linear_attention", (
+library.define("lat::linear_attention", (
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor state, bool norm, "
     "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
-torch.library.define("lat::linear_attention_backward", (
+library.define("lat::linear_attention_backward", (
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor z, Tensor? y, Tensor starts, "
     "Tensor zs, Tensor x, Tensor dy, Tensor dfinal, bool norm, int chunk_size) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
@@ -468,11 +469,11 @@ def _differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_
     return *(None if x is None else grad for x, grad in zip(inputs, grads)), dstate, None, None
 
 
-torch.library.impl("lat::linear_attention", "default", _forward)
-torch.library.impl("lat::linear_attention_backward", "default", _backward)
-torch.library.register_fake("lat::linear_attention", _allocate)
-torch.library.register_fake("lat::linear_attention_backward", _allocate_backward)
-torch.library.register_autograd("lat::linear_attention", _differentiate, setup_context=_save)
+library.impl("lat::linear_attention", "default", _forward)
+library.impl("lat::linear_attention_backward", "default", _backward)
+library.register_fake("lat::linear_attention", _allocate)
+library.register_fake("lat::linear_attention_backward", _allocate_backward)
+library.register_autograd("lat::linear_attention", _differentiate, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):

@@ -227,7 +227,8 @@ def local_sources(paths, val_fraction):
     few = all(path.endswith(".txt") for path in paths) and len(paths) * val_fraction < 5
     # every .txt file is one document, maybe a short one; a .bin should be longer than a context
     ends = itertools.accumulate(map(os.path.getsize, paths))
-    group = {path: (path in held_out, end // TXT_GROUP) if path.endswith(".txt") else path for path, end in zip(paths, ends)}
+    group = {path: (path in held_out, end // TXT_GROUP) if path.endswith(".txt") else path
+             for path, end in zip(paths, ends)}
     sources = []
     for number, (_, members) in enumerate(itertools.groupby(paths, group.get)):
         members = list(members)
@@ -698,7 +699,8 @@ def locked(folder, program="prepare.py", flag="--data_dir"):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another {program} is at work in {folder}: wait until it ends, or use another {flag}") from None
+                raise UserError(f"another {program} is at work in {folder}: wait until it ends, or use another "
+                                f"{flag}") from None
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -771,7 +773,8 @@ def verify(folder):
         raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder, found[0])}")
     if first["origin"] == "built in" and (shards := [int(path.stem[6:]) for path in records if path.match("train-*")]):
         if absent := sorted({*range(min(shards), max(shards))} - {*shards}):  # lost in copying, or not made yet
-            print(f"{folder}: {len(absent)} train shards are missing between the first and the last, as {absent[0]:05d}")
+            print(f"{folder}: {len(absent)} train shards are missing between the first and the last, "
+                  f"as {absent[0]:05d}")
     return write_manifest(folder)
 
 

@@ -197,10 +197,11 @@ def main():
     if config.save_state:
         write_state(config.save_state, model, state, tokens.tolist(), generator, config.seed, utf8.getstate()[0])
     if streaming:                                                                 # a state keeps half a character
-        goes_on = config.save_state and not sys.stdout.isatty()                   # in a file, the next run's text follows
+        goes_on = config.save_state and not sys.stdout.isatty()                   # a file gets the next run's text too
         print(utf8.decode(b"", final=True) if not config.save_state else "", end="" if goes_on else "\n")
     for i, text in enumerate(texts if not streaming else []):
-        print(f"--- {i + 1} of {config.num_samples}\n{(half + tokenizer.decode_bytes(given + text)).decode(errors='replace')}")
+        text = (half + tokenizer.decode_bytes(given + text)).decode(errors="replace")
+        print(f"--- {i + 1} of {config.num_samples}\n{text}")
     print(f"\n{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s after a prompt of {len(prompt)}; "
           f"the state is {state_bytes(state) / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
 

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot,
+from checkpoint import (KEPT, Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot,
                         tokenizer_id, wanted_trackers)
 from configurator import UserError, command, configure
 from machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
@@ -275,8 +275,8 @@ class Run:
         self.tokenizer = load_tokenizer(self.data.manifest["tokenizer"]) if wanted else None  # of the samples they get
         trackers = [tracker(self, fresh) for tracker in wanted]
         try:
-            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob("ckpt-*.pt")] if fresh else []
-            ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", "ckpt-*.pt")
+            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob(KEPT)] if fresh else []
+            ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
             for stale in [*old, *(path for name in ours for path in self.out_dir.glob(name + ".tmp"))]:
                 stale.unlink(missing_ok=True)
         except OSError as error:
@@ -628,7 +628,7 @@ def find_checkpoint(config, model_config, data):
         if not config.eval_only and config.resume != "changed":
             refuse_changes(latest, checkpoint, config, model_config, data)
         return checkpoint
-    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob("ckpt-*.pt"))]
+    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob(KEPT))]
     log = Log.read(latest.with_name("metrics.jsonl")) if config.resume == "auto" else []
     if not others and any("val_loss" in record or record["step"] > config.save_interval for record in log):
         raise UserError(f"{latest.parent} has no checkpoint, but the log of a run that had one: move metrics.jsonl "

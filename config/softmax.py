@@ -17,7 +17,7 @@ mixers = "softmax"
 pos = "rope"
 
 batch_size = 64
-grad_accum = 4  # 12 GB on a CPU; on an H100 take 2: larger pieces keep it busy
+grad_accum = 4  # on an H100 take 2: larger pieces keep it busy
 lr = 2e-4
 weight_decay = 0.1
 max_steps = 20000  # 1.3 billion tokens

@@ -542,11 +542,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(run, tmp_path):
 def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run(run, refusal, tmp_path):
     assert "no checkpoint out/ckpt.pt" in refusal("--resume")
     run("--seed=1", "--keep_last=3")
-    Path("out/mine.pt").write_text("not train.py's")
-    Path("out/mine.tmp").write_text("not train.py's either")
+    for name in ("mine.pt", "mine.tmp", "ckpt-mine.pt"):
+        Path("out", name).write_text("not train.py's")
     Path("out/ckpt.pt.tmp").write_text("half a checkpoint")
     assert run("--max_steps=1", "--resume=false").code == 0
-    assert sorted(contents(tmp_path / "run")) == ["best.pt", "ckpt.pt", "metrics.jsonl", "mine.pt", "mine.tmp"]
+    assert sorted(contents(tmp_path / "run")) == ["best.pt", "ckpt-mine.pt", "ckpt.pt", "metrics.jsonl", "mine.pt",
+                                                  "mine.tmp"]
     assert len(losses(tmp_path / "run")) == 1
     Path("out/ckpt.pt").unlink()
     assert "copy it to ckpt.pt" in refusal("--max_steps=1")
