@@ -398,6 +398,7 @@ def test_a_feature_map_and_a_mixer_of_ones_own_are_one_line_of_a_registry_each(m
     monkeypatch.setitem(model.MIXERS, "mean", Mean)
     monkeypatch.setitem(FEATURE_MAPS, "square", model.FeatureMap(torch.square, positive=True))
     lm, idx = tiny(mixers="mean linear", feature_map="square"), torch.randint(70, (2, 23))
+    assert type(lm.blocks[0].mixer) is Mean
     close(read(lm, idx, [9] + [1] * 14)[0], lm(idx)[0], 1e-9)
     assert not torch.equal(lm(idx)[0], tiny(mixers="mean linear")(idx)[0])
 
