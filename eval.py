@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
+# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
+os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
 
 import torch
 from tqdm import tqdm

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from kernels import Projection
 
 try:
     from huggingface_hub import PyTorchModelHubMixin as Shared  # from_pretrained, save_pretrained, push_to_hub
@@ -366,18 +367,18 @@ class Linear(nn.Module):
         self.config, self.map, dim, H = config, FEATURE_MAPS[config.feature_map], config.dim, config.n_heads
         self.expand = self.map if self.map.kernel else None                       # after rope, by the form; elu before
         self.widths = [H * config.head_dim(which) for which in ("k", "k", "v")]   # of q, k and v, all heads together
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
-        self.out = nn.Linear(self.widths[2], dim, bias=False)
+        self.qkv = Projection(dim, sum(self.widths))
+        self.out = Projection(self.widths[2], dim)
         if config.short_conv:
             self.conv = CausalConv(sum(self.widths), 4)
         if config.output_gate:
-            self.gate = nn.Linear(dim, self.widths[2], bias=False)
+            self.gate = Projection(dim, self.widths[2])
         if config.delta:
-            self.beta = nn.Linear(dim, H, bias=False)
+            self.beta = Projection(dim, H)
         if config.normaliser == "rms":
             self.norm = nn.RMSNorm(config.head_dim("v"), eps=1e-6)
         if config.decay == "gated":                                               # g = -A softplus(x W + bias) [8]
-            self.decay = nn.Linear(dim, H, bias=False)
+            self.decay = Projection(dim, H)
             step = torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)).exp()  # what softplus(bias) starts as
             self.decay_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
             self.log_A = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
@@ -466,8 +467,8 @@ class Softmax(nn.Module):
     def __init__(self, config, window=None):
         super().__init__()
         self.config, self.window = config, window
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = Projection(config.dim, 3 * config.dim)
+        self.out = Projection(config.dim, config.dim)
 
     def forward(self, x, state, ropes):
         q, k, v = by_heads(self.qkv(x), self.config.n_heads, [self.config.dim] * 3)
@@ -485,9 +486,9 @@ class Conv(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.both = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.both = Projection(config.dim, 2 * config.dim)
         self.conv = CausalConv(config.dim, 3)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = Projection(config.dim, config.dim)
 
     def forward(self, x, state, ropes):
         gate, x = self.both(x).chunk(2, dim=-1)
@@ -517,8 +518,8 @@ class MLP(nn.Module):
         self.activation, hidden, inner = MLPS[config.mlp], max(1, round(config.mlp_ratio * config.dim)), 1
         if config.mlp == "swiglu":                                                # three matrices for the price of two
             hidden, inner = max(8, round(hidden * 2 / 3 / 8) * 8), 2
-        self.up = nn.Linear(config.dim, hidden * inner, bias=False)
-        self.out = nn.Linear(hidden, config.dim, bias=False)
+        self.up = Projection(config.dim, hidden * inner)
+        self.out = Projection(hidden, config.dim)
 
     def forward(self, x):
         return self.out(self.activation(self.up(x)))
@@ -554,7 +555,7 @@ class LM(nn.Module, Shared):
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in (config.mixers * config.depth)[:config.depth])
         self.norm = NORMS[config.norm](config.dim)
         self.softmax_loss = kernels.softmax_loss                                  # machine.py compiles it
-        self.unembed = nn.Linear(config.dim, rows, bias=False)
+        self.unembed = Projection(config.dim, rows)
         if config.tied:
             self.unembed.weight = self.embed.weight
         for name, module in self.named_modules():                                 # as GPT-2: 2 depth outputs add up

@@ -28,7 +28,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
+# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
+os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
 
 import numpy as np
 import torch

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import model
 from configurator import read_config_file
-from kernels import linear_cross_entropy
+from kernels import Projection, linear_cross_entropy
 from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate, softmax_attention
 
 
@@ -767,6 +767,18 @@ def test_no_more_than_one_chunk_of_logits_is_in_memory():
     with Largest() as seen:
         lm(idx, idx)[0].backward()
     assert seen.elements <= 2 ** 25                                              # and not 2048 * 50257
+
+
+@pytest.mark.parametrize("shape, pieces", [((), 1), ((1, 1), 1), ((2, 4), 1), ((3, 3), 0)])
+def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape, pieces):
+    module, x = Projection(256, 1040), torch.randn(*shape, 256, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        y = module(x)
+    mkl = torch.backends.mkl.is_available()
+    assert sum(event.name == "aten::bmm" for event in profile.events()) == (pieces and mkl)
+    wanted = F.linear(x, module.weight)
+    close(y, wanted, 1e-5)
+    close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
 
 
 @torch.no_grad()
