@@ -14,6 +14,7 @@ import pytest
 import yaml  # comes with datasets
 
 import bench
+import compare
 import configurator
 import eval
 import model
@@ -29,7 +30,8 @@ README = (ROOT / "README.md").read_text()
 CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,), "recall.py": (recall.RecallConfig,),
            "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
-           "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig)}
+           "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
+           "compare.py": (compare.CompareConfig,)}
 TEXTS = [README, *(path.read_text() for folder in (ROOT, ROOT / "config") for path in folder.glob("*.py"))]
 PRESETS = re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE)
 
@@ -45,7 +47,9 @@ def test_every_command_shown_has_known_keys_and_legal_values(command, monkeypatc
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     program, *argv = words[next(i for i, word in enumerate(words) if word in CONFIGS):]
-    if "--help" not in argv:
+    if program == "compare.py":                                                   # its arms are no config files
+        compare.parse(argv)
+    elif "--help" not in argv:
         configurator.configure(argv, *CONFIGS[program])
 
 
@@ -75,6 +79,8 @@ CUT = {"prepare.py": ["--processes=1"],
        "eval.py": ["--device=cpu"],
        "bench.py": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64",
                     "--device=cpu"],
+       "compare.py": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1", "--eval_tokens=64",
+                      "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
        "recall.py": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
@@ -116,6 +122,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)                   # as where it is missing
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(tmp_path / "python"))
+    monkeypatch.setattr(compare, "PRESETS", compare.PRESETS[:1])
     monkeypatch.setattr(bench, "machine_peaks", lambda device, dtype: (1e12, 1e10))
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     for name in ("SMALL", "FULL"):
