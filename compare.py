@@ -29,7 +29,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve where a core is shared
+# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
+os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,11 @@ class Training:
                         f"--out_dir={self.folder}"]
         self.seen = self.step()                                                   # for the progress bar
 
-    def log(self):
+    def said(self):
+        """The lines of log.txt from the last command on: a training left by a killed compare.py may write there too."""
         path = self.folder / "log.txt"
-        return path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0):]
 
     def records(self):
         return Log.read(self.folder / "metrics.jsonl")
@@ -164,8 +167,8 @@ class Training:
 
     def diverged(self):
         """Did this command end so? It would again."""
-        commands = [line for line in self.log() if line.startswith("$ ")]
-        return f"$ {shlex.join(self.command)}" in commands[-1:] and DIVERGED in self.log()[-1]
+        lines = self.said()
+        return lines[:1] == [f"$ {shlex.join(self.command)}"] and any(DIVERGED in line for line in lines)
 
     def loss(self):
         """Mean training loss over the last tenth of the logged steps; infinite where it is no number."""
@@ -192,11 +195,11 @@ class Training:
 
     def is_busy(self):
         """Did it end because another process trains in its folder?"""
-        return self.code() == 2 and BUSY in self.log()[-1]
+        return self.code() == 2 and any(BUSY in line for line in self.said())
 
     def check(self):
         if self.code() and not self.diverged():
-            raise UserError(f"{self.folder / 'log.txt'} ends, with exit code {self.code()}: {self.log()[-1]}")
+            raise UserError(f"{self.folder / 'log.txt'} ends, with exit code {self.code()}: {self.said()[-1]}")
         self.seen = self.arm.train.max_steps
         say(f"{self.arm.name}, lr {self.lr}, seed {self.seed}: "
             + ("diverged" if self.diverged() else f"training loss {self.loss():.4f}"))

@@ -246,7 +246,7 @@ def test_a_folder_in_which_another_process_trains_is_waited_for(tmp_path):
     with prepare.locked(training.folder), pytest.raises(UserError) as error, prepare.locked(training.folder):
         pass
     with open(training.folder / "log.txt", "a") as log:
-        log.write(f"train.py: {error.value}\n")
+        log.write(f"train.py: {error.value}\nstep 3: a line of that other process\n")
     training.process = SimpleNamespace(poll=lambda: 2)
     assert training.is_busy()
     training.process = SimpleNamespace(poll=lambda: 0)
