@@ -392,7 +392,7 @@ def main():
         raise UserError("every arm diverged at every learning rate: try lower --lrs")
     results.sort(key=lambda result: mean(result["within"]))
     precisions = sorted({p for result in results for p in result["precisions"] if p})
-    title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, {config.seeds} seeds; {machine(device)}, "
+    title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, seeds: {config.seeds}; {machine(device)}, "
              f"{' and '.join(precisions)}, {config.jobs} at a time")
     write_json(Path(config.out_dir, "results.json"), {"title": title, "seq_len": T, "length": length, "arms": results})
     print(title)
