@@ -40,6 +40,8 @@ try:
 except ImportError:                                                               # then available() is False
     triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda kernel: kernel
 
+MKL = torch.backends.mkl.is_available()                                           # not asked where torch.compile looks
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the kernels share. A tensor (B,H,T,D) comes as a tuple of its pointer and its strides over B, H and T, so that
@@ -638,7 +640,7 @@ class Projection(torch.nn.Linear):
     def forward(self, x):
         rows, pieces, W = x.shape[:-1].numel(), 16, self.weight
         few_read_much = rows <= 8 and W.numel() >= 2**18 and len(W) % pieces == 0
-        by_mkl = W.is_cpu and W.dtype == torch.float32 and torch.backends.mkl.is_available()
+        by_mkl = W.is_cpu and W.dtype == torch.float32 and MKL
         if not (few_read_much and by_mkl) or torch.is_autocast_enabled("cpu"):
             return F.linear(x, W)
         x_T = x.reshape(rows, -1).T.expand(pieces, -1, -1)                        # (16,in,rows)
