@@ -1,6 +1,6 @@
 """Compares configs at equal tokens, each at its own tuned learning rate, over seeds, also beyond the trained length.
 
-    python compare.py                    seven presets, small, on Python's source: about an hour on two cores
+    python compare.py                    seven presets, small, on Python's source: an hour or two on two cores
     python compare.py --max_steps=1000   the same, with any setting of train.py changed for all
     python compare.py config/softmax.py config/hybrid.py,window=256 --dataset=mix --lrs=1e-3,2e-3 --plot=compare.png
 

@@ -148,7 +148,7 @@ def test_a_training_that_diverged_is_not_taken(tmp_path, capsys):
     b.command.append("--max_steps=3")                                                # another command may do better
     assert not b.diverged()
     with open(b.folder / "log.txt", "r+") as log:
-        log.write(f"$ {shlex.join(b.command)}\n{log.read()}")                         # it came before the one that did not
+        log.write(f"$ {shlex.join(b.command)}\n{log.read()}")                         # the earlier of two
     assert not b.diverged()
 
 
