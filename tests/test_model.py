@@ -769,7 +769,7 @@ def test_no_more_than_one_chunk_of_logits_is_in_memory():
     assert seen.elements <= 2 ** 25                                              # and not 2048 * 50257
 
 
-@pytest.mark.parametrize("shape, pieces", [((), 1), ((1, 1), 1), ((2, 4), 1), ((3, 3), 0)])
+@pytest.mark.parametrize("shape, pieces", [((), 1), ((1, 1), 1), ((2, 4), 1), ((3, 3), 0), ((0, 3), 0)])
 def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape, pieces):
     module, x = Projection(256, 1040), torch.randn(*shape, 256, requires_grad=True)
     with torch.profiler.profile() as profile:

@@ -521,8 +521,12 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 
 def workers_of(process):
     """The ids of the worker processes of a run."""
-    ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(i) for i in ids if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes()]
+    found = []
+    with contextlib.suppress(OSError):                                            # one that ends meanwhile
+        for i in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes():
+                found.append(int(i))
+    return found
 
 
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_path):
@@ -538,7 +542,7 @@ def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_
             shutil.rmtree(killed)  # nothing is left to do: once more from the start
         process = start(tmp_path, flag, "--data_dir=killed", "--processes=2")
         while tries % 4 and process.poll() is None and not workers_of(process):
-            time.sleep(0.001)  # most kills come while files are written
+            time.sleep(0.001)  # most kills come when workers are there
         time.sleep(random.uniform(0, duration / 4 if tries % 4 else duration))
         workers = workers_of(process) if tries % 2 and process.poll() is None else []  # by turns: the run, a worker
         with contextlib.suppress(ProcessLookupError):
