@@ -1,21 +1,27 @@
 """Compares configs at equal tokens, each at its own tuned learning rate, over seeds, also beyond the trained length.
 
     python compare.py                    seven presets, small, on Python's source: an hour or two on two cores
-    python compare.py --max_steps=1000   the same, with any setting of train.py changed for all
-    python compare.py config/softmax.py config/hybrid.py,window=256 --dataset=mix --lrs=1e-3,2e-3 --plot=compare.png
+    python compare.py --max_steps=1000 --out_dir=out/longer     the same, with a setting of train.py changed for all
+    python compare.py config/softmax.py config/hybrid.py,window=256 --batch_size=32 --max_steps=500 --out_dir=out/two
+
+The first two want `python prepare.py --dataset=stdlib`, the third `python prepare.py`: the first shard of C4.
 
 An arm is a config file, with settings of its own after commas. Every training is the plain command train.py, which
 stands in the log.txt of its folder, out_dir/ARM/lrLR-seedSEED: so one that was stopped goes on, one that is finished is
 not repeated, and one that another process is at is waited for.
 
-Seed 1 tries every learning rate. The one with the lowest *training* loss over the last tenth of the logged steps is
-taken: in less than an epoch that is text not seen before, and nothing is tuned on the validation text of the report.
-Fresh seeds, 2 and on, are then trained at that rate, and only these are reported.
+Seed 1 tries the rates of --lrs, then twice the largest or half the smallest until the best has one on both sides; a
+single rate is taken as it is. The best has the lowest *training* loss over the last tenth of the logged steps: in less
+than an epoch that is text not seen before, and nothing is tuned on the validation text of the report. Fresh seeds, 2
+and on, are then trained at that rate, and only these are reported.
 
 The report reads windows of `longer` times seq_len validation tokens. A token is predicted from all before it in its
-window; the loss to seq_len and the loss beyond are means over the positions of the same windows.
+window; the loss to seq_len and the loss beyond are means over the positions of the same windows. A model with softmax
+layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half.
 """
+import concurrent.futures as futures
 import importlib.util
+import json
 import math
 import os
 import re
@@ -24,8 +30,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, fields
+import tempfile
+import threading
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,24 +45,28 @@ from tqdm import tqdm
 
 from bench import table
 from checkpoint import Log, load_checkpoint, load_model
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, read_config_file
+from eval import default_context
 from machine import autocast, out_of_memory, pick_device, say
 from model import LM, ModelConfig
 from prepare import replacing
 from recall import machine, write_json
-from train import Dataset, TrainConfig, Windows
+from sample import state_bytes
+from train import Dataset, TrainConfig, Windows, refuse_changes
 
 PROGRAM = Path(__file__).resolve().with_name("train.py")
 PRESETS = ["config/base.py", "config/softmax.py", "config/based.py", "config/retnet.py", "config/deltanet.py",
            "config/gated_deltanet.py,feature_dim=24", "config/hybrid.py,feature_dim=24"]
 SMALL = ["--dataset=stdlib", "--dim=128", "--n_heads=4", "--seq_len=256", "--window=64", "--batch_size=8",
          "--grad_accum=1", "--optimizer=muon", "--warmup_steps=50", "--max_steps=500"]  # for PRESETS; flags win
+BEYOND = 8                                                                        # rates to try beyond those given
 DIVERGED, BUSY = "steps in a row were skipped", "is at work in"                  # how train.py says so
+PAUSE = 10                                                                        # seconds, when another is at work
 
 
 @dataclass
 class CompareConfig:
-    lrs: str = "0.01,0.02,0.04"      # learning rates to try, separated by commas
+    lrs: str = ""                    # learning rates to begin with, as 0.01,0.02; empty: an arm's own and half of it
     seeds: int = 3                   # trainings of each arm that are reported, at the learning rate taken
     jobs: int = 1                    # trainings side by side on a CPU, which share its cores
     longer: int = 4                  # length of the validation windows, in units of seq_len
@@ -68,13 +79,11 @@ class CompareConfig:
         for key in ("seeds", "jobs", "longer"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        self.rates = self.lrs.split(",")                                          # as written: they name folders
         try:
-            self.rates.sort(key=float)
-            good = len({float(lr) for lr in self.rates if 0 < float(lr) < math.inf}) == len(self.rates)
+            self.rates = sorted(float(lr) for lr in self.lrs.split(",") if self.lrs)
         except ValueError:
-            good = False
-        if not good:
+            self.rates = [math.nan]
+        if len({lr for lr in self.rates if 0 < lr < math.inf}) < len(self.rates):
             raise ValueError(f"lrs must be different numbers above 0 with commas, 0.01,0.02, got {self.lrs!r}")
 
 
@@ -86,6 +95,7 @@ class CompareConfig:
 class Arm:
     name: str                        # the file's stem and its own settings
     arguments: list                  # of train.py, but for lr, seed and out_dir
+    rates: list                      # where its search for a learning rate begins
     train: TrainConfig
     model: ModelConfig
 
@@ -109,26 +119,10 @@ def parse(argv):
     flags, texts = ([word for word in argv if word.startswith("-") == dashed] for dashed in (True, False))
     mine = {field.name for field in fields(CompareConfig)}
     taken = mine - {"device", "precision"}                                        # these train.py is given as well
-    config, = configure([flag for flag in flags if key_of(flag) in {*mine, "help", "h"}], CompareConfig, doc=__doc__)
+    config, = configure(["--lrs=0.01,0.02"] * (not texts)
+                        + [flag for flag in flags if key_of(flag) in {*mine, "help", "h"}], CompareConfig, doc=__doc__)
     passed = SMALL * (not texts) + [flag for flag in flags if key_of(flag) not in taken]
-    arms = []
-    for text in texts or PRESETS:
-        file, *settings = re.split(r",(?=\w+=)", text)                            # mixers=linear,window is one setting
-        if not file.endswith(".py"):
-            raise UserError(f"{text} is not understood: an arm is FILE.py or FILE.py,key=value, a flag is --key=value")
-        arguments = [file, *passed, *(f"--{setting}" for setting in settings)]
-        _, train, model = configure(arguments, CompareConfig, TrainConfig, ModelConfig)
-        for key in map(key_of, arguments[1:]):
-            if key in taken | {"lr", "seed", "resume", "eval_only"}:
-                raise UserError(f"{key} is no setting of an arm: --lrs, --seeds and the like are the same for all")
-        if not model.causal:
-            raise UserError(f"{text}: causal=False sees the token it should predict")
-        arms.append(Arm(",".join([Path(file).stem, *settings]).replace("/", "_"), arguments, train, model))
-    check_alike(arms)
-    return config, arms
-
-
-def check_alike(arms):
+    arms = [parse_arm(text, passed, taken, config.rates) for text in texts or PRESETS]
     names = [arm.name for arm in arms]
     for arm in arms:
         if names.count(arm.name) > 1:
@@ -137,6 +131,28 @@ def check_alike(arms):
             if value != arms[0].text()[key]:
                 raise UserError(f"{arm.name} has {key}={value} and {arms[0].name} {arms[0].text()[key]}: arms are "
                                 "compared on the same text, so set it for all by flags")
+    return config, arms
+
+
+def parse_arm(text, passed, taken, rates):
+    """The Arm that a word of the command line names."""
+    file, *settings = re.split(r",(?=\w+=)", text)                                # mixers=linear,window is one setting
+    if not file.endswith(".py"):
+        raise UserError(f"{text} is not understood: an arm is FILE.py or FILE.py,key=value, a flag is --key=value")
+    arguments = [file, *passed, *(f"--{setting}" for setting in settings)]
+    _, train, model = configure(arguments, CompareConfig, TrainConfig, ModelConfig)
+    own = {"lr", "seed", "out_dir"}                                               # a file may say them: ours win
+    given = [(where, key) for where, key, *_ in read_config_file(file) if key not in own]
+    for where, key in given + [(word, key_of(word)) for word in arguments[1:]]:
+        if key in taken | {"lr", "seed"}:
+            raise UserError(f"{where}: {key} is no setting of an arm: --lrs, --seeds and the like are the same for all")
+    for key in ("resume", "eval_only", "init_from"):
+        if getattr(train, key) != getattr(TrainConfig, key):
+            raise UserError(f"{text}: with {key}={getattr(train, key)} trainings are not equal: leave it out")
+    if not model.causal:
+        raise UserError(f"{text}: causal=False sees the token it should predict")
+    return Arm(",".join([Path(file).stem, *settings]).replace("/", "_"), arguments,
+               rates or sorted({train.lr / 2, train.lr}), train, model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,17 +163,12 @@ class Training:
     """One run of train.py: its command, its folder, and how it goes."""
 
     def __init__(self, arm, lr, seed, config):
-        self.arm, self.lr, self.seed, self.process = arm, lr, seed, None
-        self.folder = Path(config.out_dir, arm.name, f"lr{lr}-seed{seed}")
-        self.command = [sys.executable, str(PROGRAM), *arm.arguments, f"--lr={lr}", f"--seed={seed}",
+        self.arm, self.lr, self.seed = arm, lr, seed
+        self.folder = Path(config.out_dir, arm.name, f"lr{lr!r}-seed{seed}")
+        self.command = [sys.executable, str(PROGRAM), *arm.arguments, f"--lr={lr!r}", f"--seed={seed}",
                         f"--out_dir={self.folder}"]
-        self.seen = self.step()                                                   # for the progress bar
-
-    def said(self):
-        """The lines of log.txt from the last command on: a training left by a killed compare.py may write there too."""
-        path = self.folder / "log.txt"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        return lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0):]
+        self.marker = self.folder / "diverged"                                    # holds the command that did
+        self.found = self.seen = self.step()                                      # for the progress bar
 
     def records(self):
         return Log.read(self.folder / "metrics.jsonl")
@@ -167,96 +178,118 @@ class Training:
 
     def diverged(self):
         """Did this command end so? It would again."""
-        lines = self.said()
-        return lines[:1] == [f"$ {shlex.join(self.command)}"] and any(DIVERGED in line for line in lines)
+        return self.marker.exists() and self.marker.read_text() == shlex.join(self.command[2:-1])
 
     def loss(self):
         """Mean training loss over the last tenth of the logged steps; infinite where it is no number."""
-        losses = list({r["step"]: r["loss"] for r in self.records() if "loss" in r}.values())  # a spike is logged twice
+        records = self.records()
+        skipped = {record["step"] for record in records if record.get("skipped")}
+        losses = [r["loss"] for r in records if "lr" in r and r["step"] not in skipped]  # others: spikes, evaluations
         last = losses[-math.ceil(len(losses) / 10):]
         return math.inf if self.diverged() or not last or None in last else statistics.mean(last)
 
-    def start(self, threads):
-        if self.diverged():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.txt", "a") as log:
-                log.write(f"$ {shlex.join(self.command)}\n")
-                log.flush()
-                self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}): use another --out_dir") from None
-
-    def code(self):
-        """Its exit code, or None while it runs."""
-        return self.process.poll() if self.process else 0
-
-    def is_busy(self):
-        """Did it end because another process trains in its folder?"""
-        return self.code() == 2 and any(BUSY in line for line in self.said())
-
-    def check(self):
-        if self.code() and not self.diverged():
-            raise UserError(f"{self.folder / 'log.txt'} ends, with exit code {self.code()}: {self.said()[-1]}")
+    def run(self, slots, stopped):
+        """To its end, in one of the slots. Where another process is at it, by hand or from a killed compare.py, when
+        that has ended."""
+        told = False
+        while not self.diverged():
+            with slots:
+                code, lines = self.call(stopped)
+            if code == 2 and any(BUSY in line for line in lines):
+                told or say(f"{self.folder}: another train.py is at work there, and is waited for")
+                told = True
+                stopped.wait(PAUSE)
+            elif code == 2 and any(DIVERGED in line for line in lines):
+                with replacing(self.marker) as temporary:
+                    temporary.write_text(shlex.join(self.command[2:-1]))
+            elif code:
+                raise UserError(f"{self.folder}/log.txt ends, with exit code {code}: {(lines or ['no word'])[-1]}")
+            else:
+                break
         self.seen = self.arm.train.max_steps
         say(f"{self.arm.name}, lr {self.lr}, seed {self.seed}: "
             + ("diverged" if self.diverged() else f"training loss {self.loss():.4f}"))
 
+    def call(self, stopped):
+        """Exit code and lines of the command; when `stopped` is set it is told to save and end."""
+        if stopped.is_set():
+            raise futures.CancelledError
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.marker.unlink(missing_ok=True)                                   # of another command
+            log = open(self.folder / "log.txt", "a+", errors="replace")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}): use another --out_dir") from None
+        with log:
+            log.write(f"$ {shlex.join(self.command)}\n")
+            log.flush()
+            start = log.tell()
+            process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            while process.poll() is None and not stopped.wait(0.5):
+                self.seen = self.step()
+            if stopped.is_set():
+                process.terminate()
+                process.wait()
+                raise futures.CancelledError
+            log.seek(start)
+            return process.returncode, log.read().splitlines()
 
-def pick(trainings):
-    """The training of the lowest training loss, or None where all diverged."""
-    best = min(trainings, key=Training.loss)
-    rates = [training.lr for training in trainings]
-    losses = ", ".join(f"{training.lr}: {training.loss():.4f}" for training in trainings)
-    if best.loss() == math.inf:
-        say(f"warning: {best.arm.name} diverged at every lr, {', '.join(rates)}, and is left out: try lower --lrs")
+
+def next_rate(losses):
+    """The learning rate to try after those of {lr: loss}, or None: is there one on both sides of the best?"""
+    rates = sorted(losses)
+    best = min(rates, key=losses.get)
+    if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return None
-    say(f"{best.arm.name}: lr {best.lr} (training loss by lr: {losses})")
-    if len(rates) > 1 and best.lr in (rates[0], rates[-1]):
-        say(f"warning: the best lr of {best.arm.name}, {best.lr}, is at an end of --lrs: try some beyond it")
-    return best
+    return best / 2 if best == rates[0] else best * 2
+
+
+def sweep(arm, seeds, train):
+    """(Its trainings of seed 1, those to report), by train(arm, [(lr, seed)]), which runs them."""
+    tuning = train(arm, [(lr, 1) for lr in arm.rates])
+    while lr := next_rate({training.lr: training.loss() for training in tuning}):
+        if len(tuning) == len(arm.rates) + BEYOND:
+            say(f"warning: {arm.name} still gets better, or diverges, {BEYOND} learning rates beyond those given")
+            break
+        tuning += train(arm, [(lr, 1)])
+    tuning.sort(key=lambda training: training.lr)
+    best = min(tuning, key=Training.loss)
+    losses = ", ".join(f"{training.lr}: {training.loss():.4f}" for training in tuning)
+    if best.loss() == math.inf:
+        say(f"warning: {arm.name} diverged at every lr ({losses}), and is left out: try lower --lrs")
+        return tuning, []
+    say(f"{arm.name}: lr {best.lr} (training loss by lr: {losses})")
+    return tuning, train(arm, [(best.lr, seed + 2) for seed in range(seeds)])
 
 
 def train_all(arms, config):
-    """{arm name: (its tuning trainings, those to report)}, all of them ended."""
+    """For each arm what sweep gives, when all is trained. A training has a thread, which waits for a slot, then for
+    train.py; so has a sweep, which waits for its trainings."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)                     # ends the trainings, as Ctrl-C does
-    threads = max(1, torch.get_num_threads() // config.jobs)
-    found = {arm.name: ([Training(arm, lr, 1, config) for lr in config.rates], []) for arm in arms}
-    everything = [training for tuning, _ in found.values() for training in tuning]
-    waiting, running, ended, again = [*everything], [], [], 0.0
-    total = sum(arm.train.max_steps for arm in arms) * (len(config.rates) + config.seeds)
-    with tqdm(total=total, initial=sum(t.seen for t in everything), unit="step", disable=None, smoothing=0.02) as bar:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // config.jobs))
+    slots, stopped, known = threading.Semaphore(config.jobs), threading.Event(), []
+
+    def train(arm, runs):
+        trainings = [Training(arm, lr, seed, config) for lr, seed in runs]
+        known.extend(trainings)
+        for task in futures.as_completed([pool.submit(training.run, slots, stopped) for training in trainings]):
+            task.result()
+        return trainings
+
+    planned = sum(arm.train.max_steps * (len(arm.rates) + config.seeds) for arm in arms)
+    threads = sum(1 + max(len(arm.rates), config.seeds) for arm in arms)
+    with futures.ThreadPoolExecutor(threads) as pool, tqdm(unit="step", disable=None, smoothing=0) as bar:
+        sweeps = [pool.submit(sweep, arm, config.seeds, train) for arm in arms]
         try:
-            while len(ended) < len(everything):
-                while waiting and len(running) < config.jobs and time.time() > again:
-                    running.append(waiting.pop(0))
-                    running[-1].start(threads)
-                time.sleep(0.5)
-                for training in [t for t in running if t.code() is not None]:
-                    running.remove(training)
-                    if training.is_busy():                                        # by hand, or by a killed compare.py
-                        waiting.append(training)
-                        again = time.time() + 10
-                        continue
-                    training.check()
-                    ended.append(training)
-                    tuning, report = found[training.arm.name]
-                    if not report and all(t in ended for t in tuning) and (best := pick(tuning)):
-                        report += [Training(best.arm, best.lr, seed + 2, config) for seed in range(config.seeds)]
-                        everything += report
-                        waiting += report
-                for training in running:
-                    training.seen = training.step()
-                bar.update(sum(t.seen for t in everything) - bar.n)
+            while not all(task.done() for task in sweeps):
+                for task in futures.wait(sweeps, timeout=1, return_when=futures.FIRST_EXCEPTION).done:
+                    task.result()
+                extra = sum(t.arm.train.max_steps for t in known if t.seed == 1 and t.lr not in t.arm.rates)
+                bar.total, bar.initial = planned + extra, sum(t.found for t in known)
+                bar.update(sum(t.seen for t in known) - bar.n)
+            return [task.result() for task in sweeps]
         finally:
-            left = [training.process for training in running if training.process]
-            for process in left:
-                process.terminate()                                               # they save, and go on another time
-            for process in left:
-                process.wait()
-    return found
+            stopped.set()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,62 +308,92 @@ def losses_by_position(model, x, y, piece):
     return torch.cat(losses, dim=1)
 
 
-def curve(training, data, length, device):
-    """Validation loss at each position, averaged over windows of `length` tokens, and the precision of training and of
-    this; None, None where training diverged."""
+def overlapping(model, x, y, T, rows):
+    """Mean loss of the tokens beyond T in windows of T that overlap by half, `rows` of them at once."""
+    half = max(1, T // 2)
+    pieces = (tokens.unfold(1, T, half)[:, 1:].flatten(0, 1).split(rows) for tokens in (x, y))  # the first is within T
+    return torch.cat([losses_by_position(model, *piece, T)[:, T - half:] for piece in zip(*pieces)]).mean().item()
+
+
+@torch.no_grad()
+def read(training, windows, count, device):
+    """Of the last weights: mean loss by position over the first `count` windows, the same beyond seq_len in overlapping
+    windows, bytes of the state of a text of seq_len, and the precision of training and of this. NaN for what is not."""
+    config, T, length = training.arm.train, training.arm.model.seq_len, windows.seq_len
     if training.diverged():
-        return None, None
-    config, T = training.arm.train, training.arm.model.seq_len
+        return torch.full((length,), math.nan), math.nan, None, None
     checkpoint = load_checkpoint(training.folder / "ckpt.pt")                     # best.pt was picked on this text
     model, precision = load_model(checkpoint, device).eval(), checkpoint["config"]["precision"]
+    again = default_context(model) and length > T
     seen = T if model.config.pos == "learned" else length
-    windows, total = Windows(data.val, length, seed=0), 0.0
-    count = min(windows.total, -(-config.eval_tokens // length))
+    total, total_again = 0.0, 0.0 if again else math.nan
     for i in range(0, count, config.piece):
         x, y = windows.batch(range(i, min(i + config.piece, count)), model.config.vocab_size, device)
         with autocast(device, precision):
             total += losses_by_position(model, x[:, :seen], y[:, :seen], T).cpu().double().sum(0)
-    return (total / count).tolist(), precision
+            total_again += overlapping(model, x, y, T, config.piece) * len(x) if again else 0.0
+    state = state_bytes(model.hidden(x[:1, :T])[1])
+    return F.pad(total / count, (0, length - seen), value=math.nan), total_again / count, state, precision
 
 
 def bins(T, length):
-    """(start, end) of ranges of positions: powers of two, cut at T."""
-    edges = sorted({0, T, length, *(2**i for i in range(length.bit_length()) if 2**i < length)})
+    """(start, end) of ranges of positions: powers of two from 8 on, cut at T."""
+    edges = sorted({0, T, length, *(2**i for i in range(3, length.bit_length()) if 2**i < length)})
     return [*zip(edges, edges[1:])]
 
 
-def evaluate(arm, tuning, trainings, data, length, device):
-    """All that is known of an arm. Of losses there is one a seed, None if it diverged or has no such position."""
-    T = arm.model.seq_len
-    curves, precisions = zip(*(curve(training, data, length, device) for training in trainings))
+def evaluate(arm, tuning, trainings, windows, count, device):
+    """All that is known of an arm. Of losses there is one a seed, NaN if it diverged or has no such position."""
+    T, length = arm.model.seq_len, windows.seq_len
+    curves, again, states, precisions = zip(*(read(training, windows, count, device) for training in trainings))
+    curves = torch.stack(curves)                                                  # (seeds, length)
 
-    def means(start, end):
-        return [statistics.mean(c[start:end]) if c and end <= len(c) else None for c in curves]
+    def part(start, end):
+        return curves[:, start:end].mean(1).tolist()
     speeds = [record["tokens_per_s"] for t in trainings for record in t.records() if "tokens_per_s" in record]
-    return {"name": arm.name, "arguments": arm.arguments, "parameters": arm.parameters(), "lr": trainings[0].lr,
-            "tuning": {t.lr: t.loss() if t.loss() < math.inf else None for t in tuning}, "precisions": precisions,
+    return {"name": arm.name, "arguments": arm.arguments, "mixers": arm.model.mixers, "parameters": arm.parameters(),
+            "state_bytes": next(filter(None, states), None), "lr": trainings[0].lr,
+            "tuning": {t.lr: t.loss() for t in tuning}, "precisions": precisions,
+            "diverged": [t.seed for t in trainings if t.diverged()],
             "tokens_per_s": statistics.median(speeds) if speeds else None,
-            "within": means(0, T), "beyond": means(T, length) if length > T else [None],
-            "bins": [means(start, end) for start, end in bins(T, length)], "by_position": curves}
+            "within": part(0, T), "beyond": part(T, length), "beyond_overlapping": again,
+            "bins": [part(start, end) for start, end in bins(T, length)], "by_position": curves.tolist()}
 
 
-def mean(losses):
-    return math.inf if None in losses else statistics.mean(losses)
+def rank(results):
+    """Sorts them, gives each its difference to a reference, seed by seed, and names that: the first of softmax alone,
+    or else the first."""
+    reference = next((r for r in results if {*r["mixers"]} == {"softmax"}), results[0])
+    for r in results:
+        r["difference"] = [loss - other for loss, other in zip(r["within"], reference["within"])]
+    results.sort(key=lambda r: (bool(r["diverged"]), statistics.fmean(r["within"])))
+    return reference["name"]
 
 
-def cell(losses):
-    spread = f" ({max(losses) - min(losses):.3f})" if None not in losses and len(losses) > 1 else ""
-    return "none" if None in losses else f"{mean(losses):.3f}{spread}"
+def cell(losses, result, form=".3f", spread=True):
+    """Mean (max - min) for a table."""
+    if math.isnan(statistics.fmean(losses)):
+        return "diverged" if result["diverged"] else "none"
+    end = f" ({max(losses) - min(losses):.3f})" if spread and len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):{form}}{end}"
 
 
-def report(results, T, length):
-    table("Validation loss in nats a token: mean over the seeds (max - min)",
-          [{"arm": r["name"], "parameters": f"{r['parameters'] / 1e6:.2f} M", "lr": r["lr"],
-            f"positions 0 to {T - 1}": cell(r["within"]), f"{T} to {length - 1}": cell(r["beyond"]),
-            "training, tokens/s": r["tokens_per_s"]} for r in results])
+def report(results, reference, T, length):
+    rows = []
+    for r in results:
+        rows.append({"arm": r["name"], "parameters": f"{r['parameters'] / 1e6:.2f} M", "lr": r["lr"],
+                     f"state of {T} tokens, bytes": r["state_bytes"] or "none",
+                     f"positions 0 to {T - 1}": cell(r["within"], r),
+                     f"less {reference}'s, by seed": cell(r["difference"], r, "+.3f")})
+        if length > T:
+            rows[-1] |= {f"{T} to {length - 1}": cell(r["beyond"], r),
+                         f"the same in overlapping windows of {T}": cell(r["beyond_overlapping"], r)}
+        rows[-1] |= {"training, tokens/s": r["tokens_per_s"] or "none"}
+    table("Validation loss in nats a token: mean over the seeds (max - min)", rows)
     names = [str(start) if end == start + 1 else f"{start} to {end - 1}" for start, end in bins(T, length)]
     table("The same by position, mean over the seeds",
-          [{"arm": r["name"]} | dict(zip(names, (cell([mean(losses)]) for losses in r["bins"]))) for r in results])
+          [{"arm": r["name"]} | {name: cell(losses, r, spread=False) for name, losses in zip(names, r["bins"])}
+           for r in results])
 
 
 def plot(results, path, T, length, title):
@@ -340,8 +403,9 @@ def plot(results, path, T, length, title):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for result in results:
-        points = [(math.sqrt((start + 1) * end), mean(losses), min(losses), max(losses))
-                  for (start, end), losses in zip(bins(T, length), result["bins"]) if None not in losses]
+        points = [(math.sqrt((start + 1) * end), statistics.fmean(losses), min(losses), max(losses))
+                  for (start, end), losses in zip(bins(T, length), result["bins"])
+                  if not math.isnan(statistics.fmean(losses))]
         if points:
             where, means, low, high = zip(*points)
             line, = axes.plot(where, means, label=result["name"])
@@ -351,7 +415,6 @@ def plot(results, path, T, length, title):
     axes.set_title(title, fontsize=9, parse_math=False)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     pyplot.close(figure)
@@ -359,44 +422,74 @@ def plot(results, path, T, length, title):
 
 
 def check(arms, config):
-    """What can be known before training: UserError for what cannot work, a warning for what is not equal."""
+    """What can be known before training: UserError for what cannot work, a warning for what is not equal. The windows
+    of the report, how many of them, and the device."""
     if config.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs a package: pip install matplotlib, or leave it out")
     device, text = pick_device(config.device), arms[0].text()
     data = Dataset(Path(text["data_dir"]) / text["dataset"])
     for arm in arms:
         data.give_vocabulary(arm.model)
-    Windows(data.val, config.longer * text["seq_len"], seed=0)                    # is there one?
-    epochs = text["tokens"] / Windows(data.train, text["seq_len"], seed=0).tokens
+        check_folders(arm, config.out_dir, data.fingerprint)
+    windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
+    epochs = text["tokens"] / (Windows(data.train, text["seq_len"], seed=0).total * text["seq_len"])
     if epochs > 1:
         say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
     sizes = {arm.parameters(): arm.name for arm in arms}
     if max(sizes) > 1.03 * min(sizes):
         say(f"warning: arms differ by more than 3 % in parameters: {sizes[min(sizes)]} has {min(sizes):,}, "
             f"{sizes[max(sizes)]} {max(sizes):,}")
-    return data, device
+    check_target(Path(config.out_dir, "results.json"), "out_dir")
+    if config.plot:
+        check_target(Path(config.plot), "plot")
+    return windows, min(windows.total, -(-arms[0].train.eval_tokens // windows.seq_len)), device
+
+
+def check_folders(arm, out_dir, data):
+    """UserError where a training of this arm is there already, with other settings."""
+    for path in sorted(Path(out_dir, arm.name).glob("lr*-seed*/ckpt.pt")):
+        checkpoint = load_checkpoint(path)
+        same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
+        train = replace(arm.train, **{key: checkpoint["config"][key] for key in same})
+        try:
+            refuse_changes(path, checkpoint, train, arm.model, data)
+        except UserError as error:
+            raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
+
+
+def check_target(path, flag):
+    """UserError where path could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (OSError, ValueError) as error:                                        # ValueError: a NUL byte in the name
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): use another --{flag}") from None
 
 
 @out_of_memory("take a larger --grad_accum, or a smaller --longer")
 def main():
     config, arms = parse(sys.argv[1:])
-    data, device = check(arms, config)
+    windows, count, device = check(arms, config)
     found, results = train_all(arms, config), []
-    text, T = arms[0].text(), arms[0].model.seq_len
-    length = config.longer * T
-    for arm in tqdm(arms, desc="evaluating", disable=None, leave=False):
-        tuning, trainings = found[arm.name]
+    text, T, length = arms[0].text(), arms[0].model.seq_len, windows.seq_len
+    for arm, (tuning, trainings) in zip(tqdm(arms, desc="evaluating", disable=None, leave=False), found):
         if trainings:
-            results.append(evaluate(arm, tuning, trainings, data, length, device))
+            results.append(evaluate(arm, tuning, trainings, windows, count, device))
     if not results:
         raise UserError("every arm diverged at every learning rate: try lower --lrs")
-    results.sort(key=lambda result: mean(result["within"]))
-    precisions = sorted({p for result in results for p in result["precisions"] if p})
-    title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, seeds: {config.seeds}; {machine(device)}, "
-             f"{' and '.join(precisions)}, {config.jobs} at a time")
-    write_json(Path(config.out_dir, "results.json"), {"title": title, "seq_len": T, "length": length, "arms": results})
+    reference = rank(results)
+    precisions = sorted({p for r in results for p in r["precisions"] if p})
+    if len(precisions) > 1:
+        say(f"warning: trainings in {' and '.join(precisions)} are compared: --precision and another --out_dir mend it")
+    title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, seeds: {config.seeds}, {count} windows of "
+             f"{length} tokens; {machine(device)}, {' and '.join(precisions)}, {config.jobs} at a time")
+    written = {"title": title, "seq_len": T, "length": length, "windows": count, "reference": reference,
+               "arms": results}
+    write_json(Path(config.out_dir, "results.json"), json.loads(json.dumps(written), parse_constant=lambda name: None))
     print(title)
-    report(results, T, length)
+    report(results, reference, T, length)
     if config.plot:
         plot(results, Path(config.plot), T, length, title)
 

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ ROOT = Path(compare.__file__).parent
 ARM = "config/hybrid.py,feature_dim=8,window=4"
 TINY = ["--dataset=text", "--dim=16", "--depth=2", "--n_heads=2", "--seq_len=8", "--batch_size=4", "--grad_accum=1",
         "--warmup_steps=2", "--max_steps=30", "--log_interval=1", "--save_interval=10", "--eval_tokens=256",
-        "--max_skips=2", "--precision=fp32", "--device=cpu", "--lrs=0.01,1e30", "--seeds=1"]
+        "--max_skips=2", "--precision=fp32", "--device=cpu", "--lrs=0.01,1e30", "--seeds=1", "--jobs=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +77,23 @@ def test_an_arm_is_a_file_and_its_own_settings_which_win_over_flags():
     assert [arm.name for arm in arms] == ["softmax", "hybrid,dim=64,mixers=linear,window,feature_dim=8"]
     assert [arm.model.dim for arm in arms] == [32, 64] and arms[1].model.mixers == ["linear", "window"]
     assert [arm.train.precision for arm in arms] == ["fp32"] * 2 and config.jobs == 3
-    training = compare.Training(arms[1], "1e-2", 7, config)
-    assert training.folder == Path("out/compare", arms[1].name, "lr1e-2-seed7")
+    training = compare.Training(arms[1], 1e-2, 7, config)
+    assert training.folder == Path("out/compare", arms[1].name, "lr0.01-seed7")
     assert training.command[:3] == [sys.executable, str(ROOT / "train.py"), "config/hybrid.py"]
-    assert {"--dim=32", "--dim=64", "--lr=1e-2", "--seed=7", f"--out_dir={training.folder}"} < {*training.command}
+    assert {"--dim=32", "--dim=64", "--lr=0.01", "--seed=7", f"--out_dir={training.folder}"} < {*training.command}
     assert not any(flag.startswith("--jobs") for flag in training.command)
+
+
+def test_rates_are_those_given_or_an_arms_own_and_its_half():
+    def rates(*argv):
+        return [arm.rates for arm in compare.parse([*argv])[1]]
+    assert rates("config/base.py", "config/base.py,max_steps=20000") == [[1e-4, 2e-4]] * 2
+    assert rates("config/tiny.py") == [[0.01, 0.02]] and rates("config/tiny.py", "--lrs=4e-2,1e-2") == [[0.01, 0.04]]
 
 
 def test_without_arms_seven_presets_are_compared_small_and_flags_win():
     _, arms = compare.parse(["--max_steps=7"])
+    assert [arm.rates for arm in arms] == [[0.01, 0.02]] * 7
     assert [arm.name for arm in arms] == ["base", "softmax", "based", "retnet", "deltanet",
                                           "gated_deltanet,feature_dim=24", "hybrid,feature_dim=24"]
     assert {(arm.model.dim, arm.train.dataset, arm.train.max_steps) for arm in arms} == {(128, "stdlib", 7)}
@@ -104,6 +114,8 @@ def test_without_arms_seven_presets_are_compared_small_and_flags_win():
     (["config/base.py", "config/tiny.py"], "tiny has dataset=stdlib and base c4"),
     (["config/base.py", "config/base.py,max_steps=3"], "base,max_steps=3 has tokens="),
     (["--lrs=0.1,x"], "lrs must be"), (["--lrs=0.1,1e-1"], "lrs must be"), (["--lrs=0"], "lrs must be"),
+    (["config/base.py,resume=false"], "with resume=False trainings are not equal"),
+    (["config/base.py", "--init_from=out/tiny"], "with init_from=out/tiny trainings are not equal"),
     (["--jobs=0"], "jobs must be at least 1"), (["config/base.py,causal=false"], "causal=False"),
     (["config/base.py,dataset=none-such"], "there is no finished dataset in data/none-such")])
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, wanted, monkeypatch, capsys):
@@ -113,43 +125,96 @@ def test_a_mistake_is_one_line_before_anything_is_trained(argv, wanted, monkeypa
     assert wanted in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("line, wanted", [("eval_only = True", "with eval_only=True trainings are not equal"),
+                                          ("jobs = 2", "arm.py:2: jobs: jobs is no setting of an arm"), ("", "")])
+def test_the_file_of_an_arm_is_checked_as_flags_are(line, wanted, tmp_path):
+    (tmp_path / "arm.py").write_text(f"lr = 1e-3; seed = 3; out_dir = 'out/mine'\n{line}\n")
+    if not wanted:
+        config, (arm,) = compare.parse([str(tmp_path / "arm.py")])
+        assert config.out_dir == "out/compare" and arm.rates == [5e-4, 1e-3]
+        return
+    with pytest.raises(UserError, match=wanted):
+        compare.parse([str(tmp_path / "arm.py")])
+
+
+@pytest.mark.parametrize("flag", ["--plot={}/file/loss.png", "--plot={}/folder", "--out_dir={}/file"])
+def test_what_cannot_be_written_is_known_before_all_training(flag, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(compare, "train_all", None)
+    out = [f"--out_dir={tmp_path}/out"] * ("out_dir" not in flag)
+    assert run(ARM, *TINY, f"--data_dir={data}", *out, flag.format(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert f"cannot write {tmp_path}/f" in err and err.count("\n") == 1
+
+
 # The learning rate
 
 
-def trained(folder, lr, records, log=""):
+def trained(folder, lr, records):
     config, (arm,) = compare.parse(["config/base.py", f"--out_dir={folder}"])
     training = compare.Training(arm, lr, 1, config)
     training.folder.mkdir(parents=True)
     (training.folder / "metrics.jsonl").write_text("".join(json.dumps(r | {"tokens": 0}) + "\n" for r in records))
-    (training.folder / "log.txt").write_text(f"$ {shlex.join(training.command)}\n{log}\n")
     return training
 
 
 def curve_of(*losses, val_loss):
-    records = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    records = [{"step": i + 1, "loss": loss, "lr": 1.0} for i, loss in enumerate(losses)]
     return [*records, {"step": len(losses), "val_loss": val_loss}]
 
 
 def test_the_learning_rate_is_taken_by_training_loss_and_not_by_validation(tmp_path, capsys):
-    a = trained(tmp_path, "0.01", curve_of(*[1.0] * 18, 3.0, 3.0, val_loss=1.0))      # the end counts
-    b = trained(tmp_path, "0.02", curve_of(*[9.0] * 18, 2.0, 2.5, val_loss=5.0))
-    c = trained(tmp_path, "0.04", curve_of(*[1.0] * 18, 2.3, 2.3, val_loss=1.0))
-    assert [training.loss() for training in (a, b, c)] == [3.0, 2.25, 2.3]
-    assert compare.pick([a, b, c]) is b and "at an end of --lrs" not in capsys.readouterr().err
-    assert compare.pick([b, c]) is b and "at an end of --lrs" in capsys.readouterr().err
+    found = [trained(tmp_path, 0.01, curve_of(*[1.0] * 18, 3.0, 3.0, val_loss=1.0)),      # the end counts
+             trained(tmp_path, 0.02, curve_of(*[9.0] * 18, 2.0, 2.5, val_loss=5.0)),
+             trained(tmp_path, 0.04, curve_of(*[1.0] * 18, 2.3, 2.3, val_loss=1.0))]
+    assert [training.loss() for training in found] == [3.0, 2.25, 2.3]
+    arm = dataclasses.replace(found[0].arm, rates=[0.01, 0.02, 0.04])
+    tuning, chosen = compare.sweep(arm, 2, lambda arm, runs: found[:] if len(runs) == 3 else runs)
+    assert tuning == found and chosen == [(0.02, 2), (0.02, 3)]
+
+
+def test_only_regular_records_of_steps_that_were_made_count(tmp_path):
+    records = curve_of(*[9.0] * 4, 2.0, 7.0, val_loss=1.0)
+    spike = {"step": 5, "loss": 8.0, "grad_norm": 1.0, "spike": True, "skipped": False}
+    assert trained(tmp_path / "a", 0.1, [*records[:5], spike]).loss() == 2.0
+    skipped = {"step": 6, "loss": None, "spike": True, "skipped": True}
+    assert trained(tmp_path / "b", 0.1, [*records, skipped]).loss() == 2.0
+    assert trained(tmp_path / "c", 0.1, []).loss() == math.inf
 
 
 def test_a_training_that_diverged_is_not_taken(tmp_path, capsys):
-    a = trained(tmp_path, "0.01", curve_of(3.0, 3.0, val_loss=3.0))
-    b = trained(tmp_path, "0.02", curve_of(1.0, 1.0, val_loss=1.0), f"train.py: 20 {compare.DIVERGED}, for a loss")
-    c = trained(tmp_path, "0.04", curve_of(1.0, None, val_loss=1.0))
-    assert compare.pick([a, b, c]) is a
-    assert compare.pick([b, c]) is None and "diverged at every lr" in capsys.readouterr().err
-    b.command.append("--max_steps=3")                                                # another command may do better
-    assert not b.diverged()
-    with open(b.folder / "log.txt", "r+") as log:
-        log.write(f"$ {shlex.join(b.command)}\n{log.read()}")                         # the earlier of two
-    assert not b.diverged()
+    found = trained(tmp_path, 0.02, curve_of(1.0, 1.0, val_loss=1.0))
+    found.marker.write_text(shlex.join(found.command[2:-1]))
+    assert found.diverged() and found.loss() == math.inf
+    found.run(None, None)                                                            # it would again
+    assert compare.sweep(dataclasses.replace(found.arm, rates=[0.02]), 2, lambda arm, runs: [found]) == ([found], [])
+    assert "diverged at every lr" in capsys.readouterr().err
+    found.command.insert(4, "--max_steps=3")                                         # another command may do better
+    assert not found.diverged()
+
+
+def search(rates, loss):
+    """The rates that sweep tries, in its order, and those it takes for the report."""
+    tried = []
+
+    def train(arm, runs):
+        tried.extend(runs)
+        return [SimpleNamespace(lr=lr, seed=seed, loss=lambda lr=lr: loss(lr)) for lr, seed in runs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.Training, "loss", lambda training: training.loss())
+        _, chosen = compare.sweep(SimpleNamespace(name="arm", rates=rates), 1, train)
+    return [lr for lr, seed in tried if seed == 1], [training.lr for training in chosen]
+
+
+def test_a_rate_is_searched_until_the_best_has_one_on_both_sides(capsys):
+    assert search([0.01, 0.02], lambda lr: abs(lr - 0.003)) == ([0.01, 0.02, 0.005, 0.0025, 0.00125], [0.0025])
+    assert search([0.01, 0.02], lambda lr: abs(lr - 0.05)) == ([0.01, 0.02, 0.04, 0.08], [0.04])
+    assert search([0.01, 0.02], lambda lr: -lr if lr < 0.05 else math.inf) == ([0.01, 0.02, 0.04, 0.08], [0.04])
+    assert search([0.01, 0.02, 0.04], lambda lr: abs(lr - 0.02)) == ([0.01, 0.02, 0.04], [0.02])
+    assert search([0.01], lambda lr: lr) == ([0.01], [0.01]) and "warning" not in capsys.readouterr().err
+    tried, chosen = search([0.01, 0.02], lambda lr: 1.0)                              # it has an end
+    assert len(tried) == 2 + compare.BEYOND and chosen == [tried[-1]] and "beyond" in capsys.readouterr().err
 
 
 # The report
@@ -173,7 +238,8 @@ def test_the_loss_of_a_position_far_beyond_seq_len_is_that_of_one_pass_over_all_
 
 
 def test_bins_cover_every_position_once_and_none_straddles_seq_len():
-    for T, length in ((8, 32), (8, 8), (100, 400), (1, 4)):
+    assert compare.bins(16, 40) == [(0, 8), (8, 16), (16, 32), (32, 40)]
+    for T, length in ((8, 32), (8, 8), (100, 400), (1, 4), (5, 20)):
         bins = compare.bins(T, length)
         assert [i for start, end in bins for i in range(start, end)] == list(range(length))
         assert not any(start < T < end for start, end in bins)
@@ -181,9 +247,9 @@ def test_bins_cover_every_position_once_and_none_straddles_seq_len():
 
 def test_the_report_is_of_fresh_seeds_at_the_rate_taken_on_the_last_weights(sweep, data):  # noqa: F811
     arm, = sweep.results["arms"]
-    assert arm["lr"] == "0.01" and arm["tuning"]["1e30"] is None and arm["tuning"]["0.01"] < math.log(257)
+    assert arm["lr"] == 0.01 and arm["tuning"]["1e+30"] is None and arm["tuning"]["0.01"] < math.log(257)
     assert sorted(path.name for path in sweep.folder.glob("hybrid*/*")) == [
-        "lr0.01-seed1", "lr0.01-seed2", "lr1e30-seed1"]
+        "lr0.005-seed1", "lr0.01-seed1", "lr0.01-seed2", "lr1e+30-seed1"]
     model = load_model(load_checkpoint(next(sweep.folder.glob("hybrid*/lr0.01-seed2/ckpt.pt"))), "cpu").eval()
     windows = Windows(Dataset(data / "text").val, 32, seed=0)
     x, y = windows.batch(range(8), 257, torch.device("cpu"))                         # eval_tokens / 32
@@ -196,15 +262,62 @@ def test_the_report_is_of_fresh_seeds_at_the_rate_taken_on_the_last_weights(swee
 def test_learned_positions_are_reported_to_seq_len(data, tmp_path):  # noqa: F811
     config, (arm,) = compare.parse(["config/base.py", *TINY, f"--data_dir={data}", "--pos=learned",
                                     f"--out_dir={tmp_path}"])
-    arm.model.vocab_size, training = 257, compare.Training(arm, "0.01", 1, config)
     found = Dataset(data / "text")
+    found.give_vocabulary(arm.model)
+    training, windows = compare.Training(arm, 0.01, 1, config), Windows(found.val, 32, seed=0)
+    save(training, LM(arm.model), found)
+    result = compare.evaluate(arm, [], [training], windows, 8, torch.device("cpu"))
+    (losses,), (beyond,), (again,) = (result[key] for key in ("by_position", "beyond", "beyond_overlapping"))
+    assert not any(map(math.isnan, losses[:8])) and all(map(math.isnan, losses[8:])) and math.isnan(beyond)
+    assert compare.cell([beyond], result) == "none" and again == pytest.approx(math.log(257), rel=0.05)
+    assert compare.cell([beyond], {"diverged": [2]}) == "diverged"
+
+
+def save(training, model, data):  # noqa: F811
     training.folder.mkdir(parents=True)
-    torch.save({"model": LM(arm.model).state_dict(), "model_config": dataclasses.asdict(arm.model), "config":
-                {"precision": "fp32"}, "data": found.fingerprint} | dict.fromkeys(
+    torch.save({"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "config":
+                {"precision": "fp32"}, "data": data.fingerprint} | dict.fromkeys(
                     ("optimizer", "step", "rng", "best_loss", "recent_losses", "skips")), training.folder / "ckpt.pt")
-    result = compare.evaluate(arm, [], [training], found, 32, torch.device("cpu"))
-    assert len(result["by_position"][0]) == 8 and result["beyond"] == [None] and None not in result["within"]
-    assert compare.cell(result["beyond"]) == "none"
+
+
+@pytest.mark.parametrize("T", [1, 6, 7])
+def test_overlapping_windows_predict_each_token_beyond_from_half_a_window_or_more(T):
+    torch.manual_seed(0)
+    model = LM(ModelConfig(vocab_size=50, dim=16, depth=1, n_heads=2, seq_len=T, mixers="softmax", pos="rope")).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens = torch.randint(50, (2, 4 * T + 1))
+    half, losses = max(1, T // 2), []
+    for start in range(half, 3 * T + 1, half):
+        logits = model(tokens[:, start:start + T])[0][:, T - half:]
+        losses.append(F.cross_entropy(logits.mT, tokens[:, start + 1:start + T + 1][:, T - half:], reduction="none"))
+    with torch.no_grad():
+        found = compare.overlapping(model, tokens[:, :-1], tokens[:, 1:], T, rows=3)
+    assert found == pytest.approx(torch.cat(losses, 1).mean().item(), rel=1e-5)
+
+
+def result_of(name, mixers, *within, diverged=()):
+    return {"name": name, "mixers": mixers, "within": [*within], "diverged": [*diverged]}
+
+
+def test_arms_are_compared_by_seed_to_the_first_that_is_all_softmax_and_a_diverged_one_comes_last():
+    arms = [result_of("a", ["linear"], 1.0, 2.0), result_of("b", ["softmax"], 2.0, 2.5),
+            result_of("c", ["linear", "softmax"], math.nan, 0.1, diverged=[2])]
+    assert compare.rank(arms) == "b" and [arm["name"] for arm in arms] == ["a", "b", "c"]
+    assert arms[0]["difference"] == [-1.0, -0.5] and arms[1]["difference"] == [0, 0]
+    assert compare.cell(arms[0]["difference"], arms[0], "+.3f") == "-0.750 (0.500)"
+    assert compare.cell(arms[2]["difference"], arms[2], "+.3f") == "diverged"
+    assert compare.rank([arms[0], arms[2]]) == "a"
+
+
+def test_without_longer_windows_nothing_is_said_of_positions_beyond(sweep, capsys):
+    arm = sweep.results["arms"][0] | {"tokens_per_s": 100, "beyond_overlapping": [math.nan]}
+    compare.report([arm], arm["name"], 8, 32)
+    assert "| 8 to 31 | the same in overlapping windows of 8 |" in capsys.readouterr().out
+    compare.report([arm], arm["name"], 8, 8)
+    out = capsys.readouterr().out
+    assert "| positions 0 to 7 |" in out and "| 8 to" not in out and "overlapping" not in out
+    assert ", 8 windows of 32 tokens; " in sweep.results["title"] and arm["state_bytes"] > 0
 
 
 def test_the_picture_is_a_png(sweep):
@@ -234,20 +347,103 @@ def test_a_killed_sweep_that_is_started_again_ends_in_the_same_table(sweep, tmp_
     assert "| hybrid,feature_dim=8,window=4 |" in capsys.readouterr().out
 
 
-def test_a_training_that_fails_ends_the_comparison_with_its_last_line(sweep, capsys):
-    assert run(*sweep.flags, f"--out_dir={sweep.folder}", "--weight_decay=0.3") == 2
+def test_a_training_that_fails_ends_the_comparison_with_its_last_line(sweep, tmp_path, capsys):
+    shutil.copytree(sweep.folder, tmp_path / "sweep")
+    next(tmp_path.glob("sweep/hybrid*/lr0.01-seed1/ckpt.pt")).unlink()
+    assert run(*sweep.flags, f"--out_dir={tmp_path}/sweep") == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("compare.py: ") and "lr0.01-seed1/log.txt ends, with exit code 2: train.py: " in last
-    assert "weight_decay was 0.1, now 0.3" in last
+    assert last.startswith("compare.py: ")
+    assert "lr0.01-seed1/log.txt ends, with exit code 2: train.py: there is no" in last
 
 
-def test_a_folder_in_which_another_process_trains_is_waited_for(tmp_path):
-    training = trained(tmp_path, "0.01", [])
-    with prepare.locked(training.folder), pytest.raises(UserError) as error, prepare.locked(training.folder):
-        pass
-    with open(training.folder / "log.txt", "a") as log:
-        log.write(f"train.py: {error.value}\nstep 3: a line of that other process\n")
-    training.process = SimpleNamespace(poll=lambda: 2)
-    assert training.is_busy()
-    training.process = SimpleNamespace(poll=lambda: 0)
-    assert not training.is_busy()
+def test_a_folder_of_another_run_is_noticed_before_anything_is_trained(sweep, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train_all", None)
+    assert run(*sweep.flags, f"--out_dir={sweep.folder}", "--weight_decay=0.3", "--lrs=0.3") == 2
+    err = capsys.readouterr().err
+    assert "weight_decay was 0.1, now 0.3: take another --out_dir" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_folder_where_another_trains_holds_back_no_other(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(compare, "PAUSE", 1)
+    first, second = (tmp_path / name / "lr1e+30-seed1" for name in ("base", "softmax"))
+    waited = []
+
+    def other():
+        with prepare.locked(first):
+            for _ in range(300):
+                if (second / "diverged").exists() and compare.BUSY in (first / "log.txt").read_text():
+                    waited.append(True)
+                    return
+                time.sleep(0.1)
+    thread = threading.Thread(target=other)
+    thread.start()
+    flags = [*TINY, f"--data_dir={data}", f"--out_dir={tmp_path}", "--lrs=1e30", "--jobs=1"]
+    assert run("config/base.py", "config/softmax.py", *flags) == 2                    # and it diverges: an end, too
+    thread.join()
+    err = capsys.readouterr().err
+    assert waited and err.count("is at work there, and is waited for") == 1
+    assert err.endswith("every arm diverged at every learning rate: try lower --lrs\n")
+
+
+# The processes, with a train.py that only says so
+
+
+FAKE = """
+import json, os, pathlib, sys, time
+flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--"))
+out, lr = pathlib.Path(flags["out_dir"]), float(flags["lr"])
+def write():
+    record = {"step": 1, "tokens": 0, "loss": abs(lr - 0.02), "lr": lr}
+    (out / "metrics.jsonl").write_text(json.dumps(record) + "\\n")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(body, *flags): the sweeps of config/base.py with a train.py that runs body."""
+    def fake(body, *flags):
+        (tmp_path / "train.py").write_text(FAKE + body)
+        monkeypatch.setattr(compare, "PROGRAM", tmp_path / "train.py")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        config, arms = compare.parse(["config/base.py", f"--out_dir={tmp_path}/out", *flags])
+        return compare.train_all(arms, config)
+    return fake
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_so_many_trainings_run_at_once_as_there_are_jobs(jobs, fake, tmp_path):
+    (tuning, chosen), = fake("""
+(out / "running").touch()
+time.sleep(0.4)
+(out / "peak").write_text(str(len(list(out.parent.glob("*/running")))))
+(out / "running").unlink()
+write()
+""", f"--jobs={jobs}", "--lrs=0.01,0.02,0.04", "--seeds=2")
+    assert [(t.lr, t.seed) for t in tuning + chosen] == [(0.01, 1), (0.02, 1), (0.04, 1), (0.02, 2), (0.02, 3)]
+    assert max(int(path.read_text()) for path in tmp_path.glob("out/base/*/peak")) == jobs
+
+
+@pytest.mark.parametrize("cause", ["SIGTERM", "a training that fails"])
+def test_an_end_ends_the_trainings_too(cause, fake, tmp_path):
+    def kill():
+        while not list(tmp_path.glob("out/base/*/pid")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+    if cause == "SIGTERM":
+        threading.Thread(target=kill).start()
+    with pytest.raises(KeyboardInterrupt if cause == "SIGTERM" else UserError):
+        fake(f"""
+if lr == 0.01 and {cause != "SIGTERM"}:
+    while not list(out.parent.glob("*/pid")):
+        time.sleep(0.05)
+    sys.exit(1)
+(out / "pid.tmp").write_text(str(os.getpid()))
+(out / "pid.tmp").rename(out / "pid")
+time.sleep(60)
+""", "--jobs=2", "--lrs=0.01,0.02,0.04")
+    pids = [int(path.read_text()) for path in tmp_path.glob("out/base/*/pid")]
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
