@@ -88,7 +88,7 @@ class CompareConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# The command line, and what can be known before training
 
 
 @dataclass
@@ -155,6 +155,54 @@ def parse_arm(text, passed, taken, rates):
                rates or sorted({train.lr / 2, train.lr}), train, model)
 
 
+def check(arms, config):
+    """What can be known before training: UserError for what cannot work, a warning for what is not equal. The windows
+    of the report, how many of them, and the device."""
+    if config.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs a package: pip install matplotlib, or leave it out")
+    device, text = pick_device(config.device), arms[0].text()
+    data = Dataset(Path(text["data_dir"]) / text["dataset"])
+    for arm in arms:
+        data.give_vocabulary(arm.model)
+        check_folders(arm, config.out_dir, data.fingerprint)
+    windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
+    epochs = text["tokens"] / (Windows(data.train, text["seq_len"], seed=0).total * text["seq_len"])
+    if epochs > 1:
+        say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
+    sizes = {arm.parameters(): arm.name for arm in arms}
+    if max(sizes) > 1.03 * min(sizes):
+        say(f"warning: arms differ by more than 3 % in parameters: {sizes[min(sizes)]} has {min(sizes):,}, "
+            f"{sizes[max(sizes)]} {max(sizes):,}")
+    for arm in arms:
+        check_target(Path(config.out_dir, arm.name, "log.txt"), "out_dir")
+    if config.plot:
+        check_target(Path(config.plot), "plot")
+    return windows, min(windows.total, -(-arms[0].train.eval_tokens // windows.seq_len)), device
+
+
+def check_folders(arm, out_dir, data):
+    """UserError where a training of this arm is there already, with other settings."""
+    for path in sorted(Path(out_dir, arm.name).glob("lr*-seed*/ckpt.pt")):
+        checkpoint = load_checkpoint(path)
+        same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
+        train = replace(arm.train, **{key: checkpoint["config"][key] for key in same})
+        try:
+            refuse_changes(path, checkpoint, train, arm.model, data)
+        except UserError as error:
+            raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
+
+
+def check_target(path, flag):
+    """UserError where path could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (OSError, ValueError) as error:                                        # ValueError: a NUL byte in the name
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): use another --{flag}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Trainings
 
@@ -214,13 +262,9 @@ class Training:
         """Exit code and lines of the command; when `stopped` is set it is told to save and end."""
         if stopped.is_set():
             raise futures.CancelledError
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.marker.unlink(missing_ok=True)                                   # of another command
-            log = open(self.folder / "log.txt", "a+", errors="replace")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror}): use another --out_dir") from None
-        with log:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.marker.unlink(missing_ok=True)                                       # of another command
+        with open(self.folder / "log.txt", "a+", errors="replace") as log:
             log.write(f"$ {shlex.join(self.command)}\n")
             log.flush()
             start = log.tell()
@@ -321,7 +365,7 @@ def read(training, windows, count, device):
     windows, bytes of the state of a text of seq_len, and the precision of training and of this. NaN for what is not."""
     config, T, length = training.arm.train, training.arm.model.seq_len, windows.seq_len
     if training.diverged():
-        return torch.full((length,), math.nan), math.nan, None, None
+        return torch.full((length,), math.nan, dtype=torch.float64), math.nan, None, None
     checkpoint = load_checkpoint(training.folder / "ckpt.pt")                     # best.pt was picked on this text
     model, precision = load_model(checkpoint, device).eval(), checkpoint["config"]["precision"]
     again = default_context(model) and length > T
@@ -419,53 +463,6 @@ def plot(results, path, T, length, title):
         figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     say(f"wrote {path}")
-
-
-def check(arms, config):
-    """What can be known before training: UserError for what cannot work, a warning for what is not equal. The windows
-    of the report, how many of them, and the device."""
-    if config.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs a package: pip install matplotlib, or leave it out")
-    device, text = pick_device(config.device), arms[0].text()
-    data = Dataset(Path(text["data_dir"]) / text["dataset"])
-    for arm in arms:
-        data.give_vocabulary(arm.model)
-        check_folders(arm, config.out_dir, data.fingerprint)
-    windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
-    epochs = text["tokens"] / (Windows(data.train, text["seq_len"], seed=0).total * text["seq_len"])
-    if epochs > 1:
-        say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
-    sizes = {arm.parameters(): arm.name for arm in arms}
-    if max(sizes) > 1.03 * min(sizes):
-        say(f"warning: arms differ by more than 3 % in parameters: {sizes[min(sizes)]} has {min(sizes):,}, "
-            f"{sizes[max(sizes)]} {max(sizes):,}")
-    check_target(Path(config.out_dir, "results.json"), "out_dir")
-    if config.plot:
-        check_target(Path(config.plot), "plot")
-    return windows, min(windows.total, -(-arms[0].train.eval_tokens // windows.seq_len)), device
-
-
-def check_folders(arm, out_dir, data):
-    """UserError where a training of this arm is there already, with other settings."""
-    for path in sorted(Path(out_dir, arm.name).glob("lr*-seed*/ckpt.pt")):
-        checkpoint = load_checkpoint(path)
-        same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
-        train = replace(arm.train, **{key: checkpoint["config"][key] for key in same})
-        try:
-            refuse_changes(path, checkpoint, train, arm.model, data)
-        except UserError as error:
-            raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
-
-
-def check_target(path, flag):
-    """UserError where path could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except (OSError, ValueError) as error:                                        # ValueError: a NUL byte in the name
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): use another --{flag}") from None
 
 
 @out_of_memory("take a larger --grad_accum, or a smaller --longer")

@@ -273,6 +273,20 @@ def test_learned_positions_are_reported_to_seq_len(data, tmp_path):  # noqa: F81
     assert compare.cell([beyond], {"diverged": [2]}) == "diverged"
 
 
+def test_a_seed_that_diverged_is_none_of_the_mean(data, tmp_path):  # noqa: F811
+    config, (arm,) = compare.parse(["config/base.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path}"])
+    found = Dataset(data / "text")
+    found.give_vocabulary(arm.model)
+    trainings, windows = [compare.Training(arm, 0.01, seed, config) for seed in (2, 3)], Windows(found.val, 16, seed=0)
+    for training in trainings:
+        save(training, LM(arm.model), found)
+    trainings[1].marker.write_text(shlex.join(trainings[1].command[2:-1]))
+    result = compare.evaluate(arm, [], trainings, windows, 4, torch.device("cpu"))
+    assert result["diverged"] == [3] and [math.isnan(loss) for loss in result["within"]] == [False, True]
+    assert compare.cell(result["within"], result) == compare.cell(result["beyond"], result) == "diverged"
+    assert result["precisions"] == ("fp32", None)
+
+
 def save(training, model, data):  # noqa: F811
     training.folder.mkdir(parents=True)
     torch.save({"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "config":
@@ -329,16 +343,17 @@ def test_the_picture_is_a_png(sweep):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_that_is_started_again_ends_in_the_same_table(sweep, tmp_path, capsys):
+def test_a_killed_sweep_that_is_started_again_ends_in_the_same_table(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "PAUSE", 0.5)
     flags = [*sweep.flags, f"--out_dir={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "compare.py", *flags], start_new_session=True,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "compare.py", *flags], stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while not list(tmp_path.glob("hybrid*/lr0.01-seed1/ckpt.pt")):
             assert process.poll() is None
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()                                                               # its trainings go on
         process.wait()
     assert not (tmp_path / "results.json").exists()
     assert run(*flags) == 0
