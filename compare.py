@@ -428,7 +428,7 @@ def report(results, reference, T, length):
         rows.append({"arm": r["name"], "parameters": f"{r['parameters'] / 1e6:.2f} M", "lr": r["lr"],
                      f"state of {T} tokens, bytes": r["state_bytes"] or "none",
                      f"positions 0 to {T - 1}": cell(r["within"], r),
-                     f"less {reference}'s, by seed": cell(r["difference"], r, "+.3f")})
+                     f"minus {reference}, by seed": cell(r["difference"], r, "+.3f")})
         if length > T:
             rows[-1] |= {f"{T} to {length - 1}": cell(r["beyond"], r),
                          f"the same in overlapping windows of {T}": cell(r["beyond_overlapping"], r)}
