@@ -148,6 +148,15 @@ def test_what_cannot_be_written_is_known_before_all_training(flag, data, tmp_pat
     assert f"cannot write {tmp_path}/f" in err and err.count("\n") == 1
 
 
+def test_more_than_an_epoch_is_said(data, tmp_path, capsys):  # noqa: F811
+    steps = Windows(Dataset(data / "text").train, 8, seed=0).total
+    for more, warned in ((0, False), (1, True)):
+        config, arms = compare.parse([ARM, *TINY, f"--data_dir={data}", f"--out_dir={tmp_path}", "--batch_size=1",
+                                      f"--max_steps={steps + more}"])
+        compare.check(arms, config)
+        assert ("the loss that picks the lr is on text seen before" in capsys.readouterr().err) == warned
+
+
 # The learning rate
 
 
@@ -334,6 +343,16 @@ def test_without_longer_windows_nothing_is_said_of_positions_beyond(sweep, capsy
     assert ", 8 windows of 32 tokens; " in sweep.results["title"] and arm["state_bytes"] > 0
 
 
+def test_trainings_of_several_precisions_are_named(sweep, tmp_path, monkeypatch, capsys):
+    arm = sweep.results["arms"][0] | {"tokens_per_s": 100, "beyond_overlapping": [math.nan], "precisions": ["fp32"]}
+    monkeypatch.setattr(compare, "train_all", lambda arms, config: [([], [None])] * 2)
+    monkeypatch.setattr(compare, "evaluate", lambda arm, *_: found[arm.name])
+    for other in ("fp32", "bf16"):
+        found = {"base": arm, "softmax": arm | {"precisions": [other]}}
+        assert run("config/base.py", "config/softmax.py", *sweep.flags[1:], f"--out_dir={tmp_path}") == 0
+        assert ("warning: trainings in bf16 and fp32 are compared" in capsys.readouterr().err) == (other == "bf16")
+
+
 def test_the_picture_is_a_png(sweep):
     pytest.importorskip("matplotlib")
     assert (sweep.folder / "deep/loss.png").read_bytes().startswith(b"\x89PNG")
@@ -447,7 +466,7 @@ def test_an_end_ends_the_trainings_too(cause, fake, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     if cause == "SIGTERM":
         threading.Thread(target=kill).start()
-    with pytest.raises(KeyboardInterrupt if cause == "SIGTERM" else UserError):
+    with pytest.raises(KeyboardInterrupt if cause == "SIGTERM" else UserError) as end:
         fake(f"""
 if lr == 0.01 and {cause != "SIGTERM"}:
     while not list(out.parent.glob("*/pid")):
@@ -457,6 +476,7 @@ if lr == 0.01 and {cause != "SIGTERM"}:
 (out / "pid.tmp").rename(out / "pid")
 time.sleep(60)
 """, "--jobs=2", "--lrs=0.01,0.02,0.04")
+    assert cause == "SIGTERM" or str(end.value).endswith("lr0.01-seed1/log.txt ends, with exit code 1: no word")
     pids = [int(path.read_text()) for path in tmp_path.glob("out/base/*/pid")]
     assert pids
     for pid in pids:
