@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Literal
 
 # Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
 
 import torch
 import torch.nn.functional as F
