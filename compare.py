@@ -166,7 +166,11 @@ def check(arms, config):
     for arm in arms:
         data.give_vocabulary(arm.model)
         check_folders(arm, config.out_dir, data.fingerprint)
-    windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
+    try:
+        windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
+    except UserError as error:
+        raise UserError(f"the report reads windows of {config.longer} times seq_len: take a smaller --longer ({error})"
+                        ) from None
     epochs = text["tokens"] / (Windows(data.train, text["seq_len"], seed=0).total * text["seq_len"])
     if epochs > 1:
         say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
@@ -182,9 +186,16 @@ def check(arms, config):
 
 
 def check_folders(arm, out_dir, data):
-    """UserError where a training of this arm is there already, with other settings."""
-    for path in sorted(Path(out_dir, arm.name).glob("lr*-seed*/ckpt.pt")):
-        checkpoint = load_checkpoint(path)
+    """UserError where a training of this arm is there already, with other settings or without a sound checkpoint."""
+    for folder in sorted(Path(out_dir, arm.name).glob("lr*-seed*")):
+        path = folder / "ckpt.pt"
+        if not path.exists() and not (folder / "best.pt").exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError:
+            raise UserError(f"{path} is missing or damaged: delete {folder}, and the same command trains it anew"
+                            ) from None
         same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
         train = replace(arm.train, **{key: checkpoint["config"][key] for key in same})
         try:
@@ -243,6 +254,8 @@ class Training:
         told = False
         while not self.diverged():
             with slots:
+                if self.diverged():                                               # meanwhile, in another compare.py
+                    break
                 code, lines = self.call(stopped)
             if code == 2 and any(BUSY in line for line in lines):
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")

@@ -381,13 +381,14 @@ def test_a_killed_sweep_that_is_started_again_ends_in_the_same_table(sweep, tmp_
     assert "| hybrid,feature_dim=8,window=4 |" in capsys.readouterr().out
 
 
-def test_a_training_that_fails_ends_the_comparison_with_its_last_line(sweep, tmp_path, capsys):
-    shutil.copytree(sweep.folder, tmp_path / "sweep")
-    next(tmp_path.glob("sweep/hybrid*/lr0.01-seed1/ckpt.pt")).unlink()
+def test_a_training_that_fails_ends_the_comparison_with_its_last_line(sweep, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "train.py"
+    program.write_text("import sys; print('one'); print('train.py: no luck', file=sys.stderr); sys.exit(2)")
+    monkeypatch.setattr(compare, "PROGRAM", program)
     assert run(*sweep.flags, f"--out_dir={tmp_path}/sweep") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("compare.py: ")
-    assert "lr0.01-seed1/log.txt ends, with exit code 2: train.py: there is no" in last
+    assert "/log.txt ends, with exit code 2: train.py: no luck" in last
 
 
 def test_a_folder_of_another_run_is_noticed_before_anything_is_trained(sweep, monkeypatch, capsys):
@@ -395,6 +396,22 @@ def test_a_folder_of_another_run_is_noticed_before_anything_is_trained(sweep, mo
     assert run(*sweep.flags, f"--out_dir={sweep.folder}", "--weight_decay=0.3", "--lrs=0.3") == 2
     err = capsys.readouterr().err
     assert "weight_decay was 0.1, now 0.3: take another --out_dir" in err and err.count("\n") == 1
+
+
+def test_a_lost_checkpoint_and_too_long_windows_are_told_with_their_mends(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train_all", None)
+    folder = shutil.copytree(sweep.folder, tmp_path / "copy")
+    checkpoint = next(path for path in folder.glob("*/lr*/ckpt.pt") if (path.parent / "best.pt").exists())
+
+    def told(*flags):
+        assert run(*sweep.flags, f"--out_dir={folder}", *flags) == 2
+        err = capsys.readouterr().err
+        return err if err.count("\n") == 1 else ""
+    assert "take a smaller --longer" in told("--longer=100000")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert f"delete {checkpoint.parent}, and the same command trains it anew" in told()
+    checkpoint.unlink()
+    assert f"delete {checkpoint.parent}, and the same command trains it anew" in told()
 
 
 @pytest.mark.slow
