@@ -17,7 +17,8 @@ and on, are then trained at that rate, and only these are reported.
 
 The report reads windows of `longer` times seq_len validation tokens. A token is predicted from all before it in its
 window; the loss to seq_len and the loss beyond are means over the positions of the same windows. A model with softmax
-layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half.
+layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half (whole ones only).
+The settings of arms, which are also flags for all, are in `python train.py --help`.
 """
 import concurrent.futures as futures
 import importlib.util
@@ -67,7 +68,7 @@ PAUSE = 10                                                                      
 
 @dataclass
 class CompareConfig:
-    lrs: str = ""                    # learning rates to begin with, as 0.01,0.02; empty: an arm's own and half of it
+    lrs: str = ""                    # learning rates to begin with, as 0.01,0.02; empty: each arm's own and its half
     seeds: int = 3                   # trainings of each arm that are reported, at the learning rate taken
     jobs: int = 1                    # trainings side by side on a CPU, which share its cores
     longer: int = 4                  # length of the validation windows, in units of seq_len

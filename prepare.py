@@ -134,7 +134,7 @@ def load_gpt2():
         return within(20, lambda: tiktoken.get_encoding("gpt2"))
     except Exception as error:  # requests', the file system's, a damaged cache's
         raise UserError("the gpt2 vocabulary can neither be found nor downloaded: set TIKTOKEN_CACHE_DIR to a folder "
-                        f"that holds it, or use --tokenizer=bytes ({type(error).__name__})") from None
+                        f"that holds it, or prepare with --tokenizer=bytes ({type(error).__name__})") from None
 
 
 def clean(text):
