@@ -734,11 +734,14 @@ def encode_all(config, options, sources):
                             "command continues where this one stopped") from None
         finally:
             progress[0] = True  # who is at work stops, and leaves nothing half-written
+            manager = getattr(pool, "_executor_manager_thread", None)
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in waiting):
                 time.sleep(0.01)
             for worker in multiprocessing.active_children():  # idle; one killed while it waited would hang the rest
                 worker.kill()
+            if manager:  # Python's own end writes to a pipe that this thread closes (3.11: Bad file descriptor)
+                manager.join(timeout=10)
 
 
 def write_manifest(folder):
