@@ -17,7 +17,7 @@ and on, are then trained at that rate, and only these are reported.
 
 The report reads windows of `longer` times seq_len validation tokens. A token is predicted from all before it in its
 window; the loss to seq_len and the loss beyond are means over the positions of the same windows. A model with softmax
-layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half (whole ones only).
+layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half.
 The settings of arms, which are also flags for all, are in `python train.py --help`.
 """
 import concurrent.futures as futures
@@ -371,7 +371,10 @@ def overlapping(model, x, y, T, rows):
     """Mean loss of the tokens beyond T in windows of T that overlap by half, `rows` of them at once."""
     half = max(1, T // 2)
     pieces = (tokens.unfold(1, T, half)[:, 1:].flatten(0, 1).split(rows) for tokens in (x, y))  # the first is within T
-    return torch.cat([losses_by_position(model, *piece, T)[:, T - half:] for piece in zip(*pieces)]).mean().item()
+    losses = [losses_by_position(model, *piece, T)[:, T - half:].flatten() for piece in zip(*pieces)]
+    if rest := (x.shape[1] - T) % half:
+        losses.append(losses_by_position(model, x[:, -T:], y[:, -T:], T)[:, T - rest:].flatten())
+    return torch.cat(losses).mean().item()
 
 
 @torch.no_grad()
