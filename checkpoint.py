@@ -1,15 +1,12 @@
-"""The files of a run, in out_dir: checkpoints that are whole or not there, the log, and who else gets to see it.
+"""Checkpoints, the one format of a trained model: whole or not there, written and read here alone.
 
-ckpt.pt is the latest state, best.pt that of the lowest validation loss, metrics.jsonl has one JSON object per logged
-step, loss.png draws it. train.py writes them; sample.py, eval.py and bench.py read checkpoints.
+In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validation loss. train.py writes them; sample.py,
+eval.py and the experiments read them.
 """
 import dataclasses
-import html
-import importlib
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -17,12 +14,14 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from configurator import UserError
+from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
+from support.files import replacing
+from support.machine import pick_precision
+
 import torch
 
-from configurator import UserError
-from machine import say
 from model import LM, ModelConfig
-from prepare import replacing
 
 CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss",
               "recent_losses", "skips"}
@@ -97,10 +96,6 @@ def load_model(checkpoint, device):
     return model
 
 
-def tokenizer_id(data):
-    return f"{data['tokenizer']}:{data['tokenizer_hash']}"
-
-
 def load_pretrained(source, device="cpu"):
     """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or one of the Hugging Face hub."""
     path = Path(source)
@@ -128,146 +123,18 @@ def load_pretrained(source, device="cpu"):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The log
-
-
-class Log:
-    """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after it."""
-
-    def __init__(self, path, step, trackers=(), again=True):
-        self.path, self.trackers = path, trackers
-        # An evaluation comes after the checkpoint of its step is saved: `again` if that of `step` will be repeated.
-        keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and ("loss" in r or not again)]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
-
-    @staticmethod
-    def read(path):
-        """The records of a metrics.jsonl, without the line in whose middle a kill came; other bad lines are named."""
-        records, bad = [], []
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                if type(record["step"]) is not int or type(record["tokens"]) is not int:
-                    raise TypeError
-                if not all(isinstance(value, (int, float, type(None))) for value in record.values()):
-                    raise TypeError
-                records.append(record)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                if number < len(lines) or not isinstance(error, ValueError):
-                    bad.append(number)
-        if bad:
-            say(f"warning: {path} is damaged: {len(bad)} lines are left out, the first is line {bad[0]}")
-        return records
-
-    def write(self, **record):
-        """Numbers that JSON does not have (a loss of NaN) become null."""
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoint of before is intact") from None
-        for tracker in self.trackers:
-            tracker.numbers(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
-
-
-class TensorBoard:
-    """What metrics.jsonl gets, under the same names, for `tensorboard --logdir=out`; samples; the loss curve."""
-
-    package = "tensorboard"
-
-    def __init__(self, run, fresh):
-        from torch.utils.tensorboard import SummaryWriter
-        folder = run.out_dir / "tensorboard"
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.writer = SummaryWriter(folder, purge_step=run.step + 1)              # drops what a resumed run logs again
-
-    def numbers(self, step, values):
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def text(self, step, text):
-        self.writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # markdown: as it stands
-
-    def close(self, step, curve):
-        if curve.exists():
-            from matplotlib import image
-            self.writer.add_image("loss_curve", image.imread(curve), step, dataformats="HWC")
-        self.writer.close()
-
-
-class WandB:
-    """The same for Weights & Biases. The id in out_dir/wandb_id lets a resumed run go on as the same one there."""
-
-    package = "wandb"
-
-    def __init__(self, run, fresh):
-        import wandb
-        self.wandb, path = wandb, run.out_dir / "wandb_id"
-        try:
-            self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir),
-                                  resume="allow", id=path.read_text() if path.exists() and not fresh else None,
-                                  config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
-        except Exception as error:  # no account, no network, a project that is not theirs: each its own type
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
-        with replacing(path) as temporary:
-            temporary.write_text(self.run.id)
-
-    def numbers(self, step, values):
-        self.run.log(values, step=step)
-
-    def text(self, step, text):
-        self.run.log({"sample": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-
-    def close(self, step, curve):
-        if curve.exists():
-            self.run.log({"loss_curve": self.wandb.Image(str(curve))}, step=step)
-        self.run.finish()
-
-
-def wanted_trackers(config):
-    """The classes above that the config asks for. UserError where their package is not installed."""
-    wanted = [TensorBoard] * config.tensorboard + [WandB] * bool(config.wandb_project)
-    for tracker in wanted:
-        try:
-            importlib.import_module(tracker.package)
-        except Exception as error:  # not there, or there and of no use: of another numpy, another Python
-            key = "tensorboard" if tracker is TensorBoard else "wandb_project"
-            if isinstance(error, ModuleNotFoundError) and error.name == tracker.package:
-                raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
-            raise UserError(f"--{key} needs {tracker.package}, which does not import "
-                            f"({type(error).__name__}: {error}): mend that, or leave it out") from None
-    return wanted
-
-
-def plot(out_dir):
-    """loss.png from metrics.jsonl, when matplotlib is there."""
-    try:
-        import matplotlib
-    except ImportError:
-        say("no loss.png: pip install matplotlib draws it")
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    records = Log.read(out_dir / "metrics.jsonl")
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*points), label=key, **style) if points else None
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    title = str(out_dir).encode(errors="replace").decode()                        # names may hold broken characters, $
-    axes.set_title(title, parse_math=False)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(out_dir / "loss.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-    say(f"loss curve: {out_dir / 'loss.png'}")
+def open_model(config, device):
+    """The trained model that config names, its tokenizer, and the precision to run it in."""
+    if not config.init_from and not any(Path(config.out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
+        raise UserError(f"no checkpoint {config.out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
+    model = load_pretrained(config.init_from or config.out_dir, device).eval()
+    name, _, digest = model.config.tokenizer.partition(":")
+    tokenizer = load_tokenizer(name)
+    if tokenizer.hash != digest:
+        raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
+    probe = config.precision != "auto" or device.type == "cuda"                   # steps are small: fp32 elsewhere
+    precision = pick_precision(config.precision, device) if probe else "fp32"
+    if precision == "bf16":                                                       # cast once, not at every token
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    return model, tokenizer, precision

@@ -246,7 +246,9 @@ def configure(argv, *classes, doc="", config_file=True, inherit=None):
 def help_text(classes, doc, config_file):
     """The page that --help prints: doc, usage, then every key with its default, its meaning and its type."""
     width = max(50, min(120, shutil.get_terminal_size().columns))
-    usage = f"usage: python {Path(sys.argv[0]).name}{' [config/NAME.py ...]' * config_file} [--key=value ...]"
+    program = Path(sys.argv[0])
+    name = f"-m {program.parent.name}.{program.stem}" if program.with_name("__init__.py").exists() else program.name
+    usage = f"usage: python {name}{' [config/NAME.py ...]' * config_file} [--key=value ...]"
     page, shown = [doc.strip(), "", usage], set()
     for cls in classes:
         page += ["", f"{cls.__name__}:"]

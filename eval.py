@@ -9,21 +9,18 @@ With softmax layers or learned positions it is read in windows of seq_len that o
 """
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure
+from support.files import read_text                                               # support comes before torch
+from support.machine import autocast, out_of_memory, pick_device
 
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, command, configure
-from machine import autocast, out_of_memory, pick_device
-from sample import open_model, read_text
+from checkpoint import open_model
 
 
 @dataclass

@@ -30,13 +30,14 @@ import math
 from dataclasses import dataclass
 from typing import Callable, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from support import kernels, speedups
+from support.speedups import Projection, window_attention
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import kernels
-from kernels import Projection
+from torch.utils._pytree import tree_leaves
 
 try:
     from huggingface_hub import PyTorchModelHubMixin as Shared  # from_pretrained, save_pretrained, push_to_hub
@@ -420,7 +421,7 @@ class Linear(nn.Module):
             return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
         return None
 
-    @kernels.checkpointed
+    @speedups.checkpointed
     def attend(self, form, q, k, v, log_decay, beta, S, rope):
         """The feature map, the rotation, and one form with or without the sum normaliser."""
         if self.expand is None:
@@ -442,19 +443,6 @@ def softmax_attention(q, k, v, causal=True, window=None):
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def window_attention(q, k, v, w, past):
-    """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
-    T, n = q.shape[2], min(w, q.shape[2])
-    k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))     # (B,H,N,w+n,d)
-    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                         # (B,H,N,n,d)
-    key = torch.arange(w + n, device=q.device)
-    age = torch.arange(n, device=q.device)[:, None] + w - key                     # (n,w+n), 0 is the token itself
-    first = torch.arange(0, T, n, device=q.device)[:, None, None]                 # (N,1,1)
-    mask = (0 <= age) & (age < w) & (first + key >= w - past)                     # (N,n,w+n)
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-    return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
 
 
 class Softmax(nn.Module):
@@ -554,7 +542,7 @@ class LM(nn.Module, Shared):
             self.embed_pos = nn.Embedding(config.seq_len, config.dim)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in (config.mixers * config.depth)[:config.depth])
         self.norm = NORMS[config.norm](config.dim)
-        self.softmax_loss = kernels.softmax_loss                                  # machine.py compiles it
+        self.softmax_loss = speedups.softmax_loss                                  # machine.py compiles it
         self.unembed = Projection(config.dim, rows)
         if config.tied:
             self.unembed.weight = self.embed.weight
@@ -573,7 +561,7 @@ class LM(nn.Module, Shared):
         x, state = self.hidden(idx, state)
         if targets is None:
             return self.logits(x), state
-        return kernels.linear_cross_entropy(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
+        return speedups.linear_cross_entropy(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
                                             self.config.vocab_size, self.softmax_loss), state
 
     def hidden(self, idx, state=None):
@@ -612,7 +600,7 @@ class LM(nn.Module, Shared):
         def read(idx, state):
             x, state = self.hidden(idx, state)
             return self.logits(x[:, -1]), state
-        step = kernels.recorded(read) if idx.is_cuda and self.config.pos != "learned" else read
+        step = speedups.recorded(read) if idx.is_cuda and self.config.pos != "learned" else read
         for _ in range(max_new_tokens):
             for part in idx.split(piece, dim=1):
                 logits, state = step(part, state)
@@ -632,3 +620,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p, order = logits.softmax(-1).sort(descending=True)
         logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def state_bytes(state):
+    """Bytes of all tensors in a nested state."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))

@@ -35,18 +35,20 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, command, configure
+from support.dataset import (NoDocuments, bin_problems, check_not_empty, clean, load_tokenizer, read_sealed, remake,
+                             seal, within, write_sealed)
+from support.files import file_sha256, locked, replacing
 
 C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
 PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
 BATCH = 1 << 22  # so many bytes of text are encoded at once
 TXT_GROUP = 1 << 26  # .txt files share a .bin until they are so many bytes
-END = "<|endoftext|>"  # the name of end-of-text
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -80,84 +82,6 @@ class PrepareConfig:
     @property
     def folder(self):
         return Path(self.data_dir, self.dataset)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: ids [0, eot) are text, eot ends a document and is never made from text, not even from "<|endoftext|>".
-
-@dataclass(frozen=True)
-class Tokenizer:
-    name: str
-    vocab_size: int
-    eot: int  # the last id
-    hash: str  # sha256 of the vocabulary: equal hashes, equal meaning of every id
-    encode: Callable  # str -> array of ids
-    decode_bytes: Callable  # ids -> bytes; eot, and the ids that pad a model's vocabulary, have none
-    encode_marked: Callable = None  # the same as encode, but END is eot
-
-    @property
-    def dtype(self):
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-
-    def encode_pieces(self, pieces):
-        """The ids of pieces [(text, is it the last of a document)], with eot after the last ones."""
-        marked = "".join(text + END * last for text, last in pieces)
-        if self.encode_marked and marked.count(END) == sum(last for _, last in pieces):
-            return self.encode_marked(marked).astype(self.dtype)  # one call for all: a tenth faster than one for each
-        ends = [np.full(int(last), self.eot) for _, last in pieces]
-        arrays = [array for (text, _), end in zip(pieces, ends) for array in (self.encode(text), end)]
-        return np.concatenate(arrays).astype(self.dtype)
-
-
-def load_tokenizer(name):
-    """The Tokenizer "gpt2" or "bytes"; UserError for another name, or if gpt2 is neither here nor reachable."""
-    marked = None
-    if name == "bytes":
-        vocabulary = [*(bytes([i]) for i in range(256)), END.encode()]
-        encode, decode = lambda text: np.frombuffer(clean(text)[1], np.uint8), bytes
-    elif name == "gpt2":
-        gpt2 = load_gpt2()
-        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)]
-        # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets END be text
-        encode, decode = lambda text: gpt2.encode_to_numpy(clean(text)[0], disallowed_special=()), gpt2.decode_bytes
-        marked = lambda text: gpt2.encode_to_numpy(text, allowed_special={END})  # noqa: E731
-    else:
-        raise UserError(f"unknown tokenizer {name!r}: it must be gpt2 or bytes")
-    eot = len(vocabulary) - 1
-    digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in vocabulary)).hexdigest()
-    return Tokenizer(name, eot + 1, eot, digest, encode, lambda ids: decode([int(i) for i in ids if i < eot]), marked)
-
-
-def load_gpt2():
-    import tiktoken
-    try:
-        return within(20, lambda: tiktoken.get_encoding("gpt2"))
-    except Exception as error:  # requests', the file system's, a damaged cache's
-        raise UserError("the gpt2 vocabulary can neither be found nor downloaded: set TIKTOKEN_CACHE_DIR to a folder "
-                        f"that holds it, or prepare with --tokenizer=bytes ({type(error).__name__})") from None
-
-
-def clean(text):
-    """(text, its UTF-8): lone surrogates, which JSON can write and UTF-8 cannot, become U+FFFD as in tiktoken."""
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text, text.encode()
-
-
-def within(seconds, call):
-    """call(), or a TimeoutError: some network clients wait and retry for minutes, which looks like a hang."""
-    answer = futures.Future()
-
-    def attempt():
-        try:
-            answer.set_result(call())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=attempt, daemon=True).start()
-    return answer.result(seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +231,7 @@ class Tally:
 def read(path, begin, end, tally):
     try:
         if path.endswith((".txt", ".py")):
-            yield from read_text(path, begin, end)
+            yield from read_plain(path, begin, end)
         elif path.endswith(".parquet"):
             yield from read_parquet(path, tally)
         else:
@@ -383,7 +307,7 @@ def read_parquet(path, tally):
             raise UserError(f"{path}:{row + 1}: the file is damaged and the rest lost: fetch it again")
 
 
-def read_text(path, begin, end, size=PIECE):
+def read_plain(path, begin, end, size=PIECE):
     """Bytes begin..end of a file in pieces of about `size` bytes whose tokens, joined, are those of the whole.
 
     A cut between a non-space and a space or newline changes no token: GPT-2's pattern begins a new word there,
@@ -398,120 +322,6 @@ def read_text(path, begin, end, size=PIECE):
                 yield text[:cut.end()], False, raw.tell()
                 text = text[cut.end():]
         yield text + decoder.decode(b"", True), True, raw.tell()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole or not there, and that know when they have rotted.
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary name, which becomes `path` when the block is done: even a power cut leaves the whole new file
-    or the whole old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-        raise UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact, and the "
-                        "same command goes on") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def seal(content):
-    """The bytes of a .json file that ends with the checksum of the rest."""
-    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps(content | {"checksum": checksum}, indent=1).encode() + b"\n"
-
-
-def write_sealed(path, content):
-    with replacing(path) as temporary:
-        temporary.write_bytes(seal(content))
-
-
-def read_sealed(path):
-    """The content of a file that write_sealed made; UserError if it differs from that in any bit."""
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-        del content["checksum"]
-        if seal(content) != data or content["version"] != 1:
-            raise ValueError("its checksum does not fit")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        problem = f"{path} is damaged or of another version ({error})"
-        raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
-    return content
-
-
-def bin_problems(folder, content, whole=False):
-    """Yields what is wrong with the .bin files of a record or manifest; whole: by all their bytes, at about 1 GB/s."""
-    itemsize = np.dtype(content["dtype"]).itemsize
-    for name, entry in content["files"].items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif path.stat().st_size != entry["tokens"] * itemsize:
-            yield f"{path} has {path.stat().st_size:,} bytes instead of {entry['tokens'] * itemsize:,}"
-        elif whole and file_sha256(path) != entry["sha256"]:
-            yield f"{path} has changed since it was made: its sha256 does not fit"
-
-
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def remake(folder, problem=""):
-    """What makes a dataset whole again, and first the shard of C4 in `problem`, maybe of another machine's share."""
-    flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
-    if folder.name == "c4" and (shard := re.search(r"\btrain-(\d{5})\.(bin|json)", problem)):
-        flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
-    flags += "" if str(folder.parent) == "data" else f" --data_dir={folder.parent}"
-    return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a dataset: what train.py uses.
-
-def read_manifest(folder):
-    """The manifest of a dataset, checked against itself and the sizes of its files; UserError if anything is amiss."""
-    folder = Path(folder)
-    if not (folder / "manifest.json").exists():
-        raise UserError(f"there is no finished dataset in {folder}: {remake(folder)}")
-    manifest = read_sealed(folder / "manifest.json")
-    for problem in bin_problems(folder, manifest):
-        raise UserError(f"{problem}: {remake(folder, problem)}")
-    check_not_empty(folder, manifest)
-    return manifest
-
-
-def open_split(folder, manifest, split):
-    """The files of a split ("train" or "val") as read-only arrays of ids; the disk is read where they are used."""
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    return [np.memmap(Path(folder, name), dtype, "r") for name, entry in manifest["files"].items()
-            if entry["split"] == split and entry["tokens"]]
-
-
-class NoDocuments(UserError):
-    pass
-
-
-def check_not_empty(folder, manifest):
-    entries = manifest["files"].values()
-    for split, mend in (("train", "look into its source files"), ("val", "raise --val_fraction")):
-        if not any(entry["documents"] for entry in entries if entry["split"] == split):
-            skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
-            raise NoDocuments(f"{folder} has no {split} documents: {mend}" + f" (skipped: {skipped})" * bool(skipped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -682,31 +492,6 @@ def check_disk(folder, options, sources):
     if need > (free := shutil.disk_usage(place).free):
         raise UserError(f"{folder} needs about {need / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free: "
                         "make room, use another --data_dir, or fewer --shards")
-
-
-@contextlib.contextmanager
-def locked(folder, program="prepare.py", flag="--data_dir"):
-    """Makes the folder and lets one run at a time into it; the lock ends with the process, however that ends."""
-    try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise UserError(f"cannot write to {folder} ({getattr(error, 'strerror', error)}): use another {flag}") from None
-    try:
-        with contextlib.suppress(ImportError, OSError):  # Windows and some network disks have no such locks
-            import fcntl
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another {program} is at work in {folder}: wait until it ends, or use another "
-                                f"{flag}") from None
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            for path in made:  # if nothing came of it
-                path.rmdir()
-        os.close(handle)
 
 
 def encode_all(config, options, sources):

@@ -10,25 +10,22 @@
 """
 import codecs
 import hashlib
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure
+from support.files import read_text, replacing                                    # support comes before torch
+from support.machine import autocast, out_of_memory, pick_device
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from checkpoint import load_file, load_pretrained
-from configurator import UserError, command, configure
-from machine import autocast, out_of_memory, pick_device, pick_precision
-from prepare import load_tokenizer, replacing
+from model import state_bytes
+from checkpoint import load_file, open_model
 
 
 @dataclass
@@ -68,32 +65,6 @@ class SampleConfig:
             raise ValueError(f"save_state={target} must be a file in a folder that is there")
 
 
-def read_text(path):
-    try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-
-
-def open_model(config, device):
-    """The trained model that config names, its tokenizer, and the precision to run it in."""
-    if not config.init_from and not any(Path(config.out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
-        raise UserError(f"no checkpoint {config.out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
-    model = load_pretrained(config.init_from or config.out_dir, device).eval()
-    name, _, digest = model.config.tokenizer.partition(":")
-    tokenizer = load_tokenizer(name)
-    if tokenizer.hash != digest:
-        raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
-    probe = config.precision != "auto" or device.type == "cuda"                   # steps are small: fp32 elsewhere
-    precision = pick_precision(config.precision, device) if probe else "fp32"
-    if precision == "bf16":                                                       # cast once, not at every token
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
-    return model, tokenizer, precision
-
-
 def identity(model):
     """A hash of settings and weights: a state means something to the model that made it, and to no other."""
     digest = hashlib.sha256(repr(model.config).encode())
@@ -110,7 +81,7 @@ def write_state(path, model, state, unread, generator, seed, half):
                     "rng": generator.get_state(), "device": generator.device.type}, temporary)
 
 
-def check_target(path):
+def check_save_state(path):
     """UserError where --save_state would replace a file that is no state: a checkpoint, say."""
     if not Path(path).exists():
         return
@@ -149,11 +120,6 @@ def check_prompt(prompt, state, config, max_new_tokens):
                         f"{config.seq_len - room + max_new_tokens}: {mend}")
 
 
-def state_bytes(state):
-    """Bytes of all tensors in a nested state."""
-    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))
-
-
 @out_of_memory("take a smaller --num_samples")
 def main():
     config, = configure(sys.argv[1:], SampleConfig, doc=__doc__)
@@ -163,7 +129,7 @@ def main():
     given = tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt).tolist()
     carried = {"state": None, "unread": [], "half": []}
     if config.save_state:
-        check_target(config.save_state)
+        check_save_state(config.save_state)
     if config.load_state:
         carried = read_state(config.load_state, model, config.num_samples, device)
     state, prompt = carried["state"], carried["unread"] + given or [tokenizer.eot]

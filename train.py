@@ -12,38 +12,34 @@ JSON object per logged step) and loss.png. The batch of a step depends only on (
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure
+from support.dataset import Dataset, Windows, load_tokenizer                      # support comes before torch
+from support.files import locked, replacing
+from support.machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
+                             pick_precision, processes, progress, reduce, run_and_leave, say, stop_at_signals, whole)
+from support.optim import load_optimizer, lr_at, make_optimizer
+from support.report import Log, plot_losses, wanted_trackers
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (KEPT, Log, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain, plot,
-                        tokenizer_id, wanted_trackers)
-from configurator import UserError, command, configure
-from machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
-                     pick_precision, processes, progress, reduce, run_and_leave, say)
 from model import LM, ModelConfig
-from prepare import bin_problems, load_tokenizer, locked, open_split, read_manifest, remake, replacing
+from checkpoint import KEPT, keep, load_checkpoint, load_model, load_pretrained, load_weights, plain
 
 
 @dataclass
@@ -166,7 +162,7 @@ class Run:
                     self.save(self.latest)
         if RANK == 0:
             if not stop:
-                plot(self.out_dir)
+                plot_losses(self.out_dir)
             for tracker in self.log.trackers:
                 tracker.close(self.step, self.out_dir / "loss.png")
         if stop:
@@ -382,201 +378,6 @@ class Spikes:
         return bool(loss > mean + 6 * sigma)
 
 
-def stop_at_signals():
-    """A list, empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
-    received = []
-
-    def handler(number, frame):
-        received.append(number)
-        if WORLD == 1:                                                            # torchrun may pass one on twice
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if RANK == 0:
-            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return received
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-class Windows:
-    """The token files cut into windows of seq_len + 1 tokens, in an order that is a function of (seed, number) alone.
-
-    An epoch visits every window once. Its order is i -> (a i + b) mod M with a near 0.618 M: a permutation that takes
-    no memory however large the data, and spreads any run of windows, so any batch, evenly over the data. Each epoch
-    starts elsewhere (b), and cuts each file at another offset.
-    """
-
-    def __init__(self, files, seq_len, seed):
-        self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
-        if not self.files:
-            longest = max(files, key=len)
-            raise UserError(f"{longest.filename}, the longest file of its split, has {len(longest)} tokens, too short "
-                            f"for one sequence: prepare more text, or take --seq_len below that")
-        self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
-        self.ends = np.cumsum(self.counts)
-        self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
-        self.stats = [self.stat(f) for f in self.files]
-
-    @staticmethod
-    def stat(file):
-        """Size and time of the last change of what is under a file's name now, or None."""
-        try:
-            stat = os.stat(file.filename)
-            return stat.st_size, stat.st_mtime_ns
-        except OSError:
-            return None
-
-    @lru_cache(maxsize=2)
-    def epoch(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch))
-        strides = range(max(1, round(0.618 * self.total)), 2 * self.total + 1)
-        stride = next(a for a in strides if math.gcd(a, self.total) == 1)
-        offsets = [int(rng.integers(min(self.seq_len, len(f) - n * self.seq_len)))
-                   for f, n in zip(self.files, self.counts)]
-        return stride, int(rng.integers(self.total)), offsets
-
-    def __getitem__(self, number):
-        epoch, i = divmod(number, self.total)
-        stride, first, offsets = self.epoch(epoch)
-        window = (stride * i + first) % self.total
-        file = int(np.searchsorted(self.ends, window, side="right"))
-        start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
-        if self.stat(self.files[file]) != self.stats[file]:                       # past its end: SIGBUS
-            raise UserError(f"{self.files[file].filename} changed while it was being read: restore it, then resume")
-        return self.files[file][start:start + self.seq_len + 1]
-
-    def batch(self, numbers, vocab_size, device):
-        """(inputs, targets), both (len(numbers), seq_len) int64 on the device."""
-        tokens = np.stack([self[n] for n in numbers]).astype(np.int64)
-        if tokens.max() >= vocab_size:
-            raise UserError(f"token {tokens.max()} in the data is not below vocab_size={vocab_size}: "
-                            "the files do not fit their manifest; run prepare.py again")
-        tokens = torch.from_numpy(tokens)
-        if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        tokens = tokens.to(device)
-        return tokens[:, :-1], tokens[:, 1:]
-
-
-class Dataset:
-    """A folder that prepare.py wrote, found whole: up to 1 GB in every byte, which takes a second."""
-
-    def __init__(self, folder):
-        self.manifest = read_manifest(folder)
-        small = sum(path.stat().st_size for path in folder.glob("*.bin")) <= 2**30
-        for problem in bin_problems(folder, self.manifest, whole=True) if small else ():
-            raise UserError(f"{problem}: {remake(folder, problem)}")
-        self.train, self.val = (open_split(folder, self.manifest, split) for split in ("train", "val"))
-
-    @property
-    def fingerprint(self):
-        """What must stay the same for a run to go on with this data."""
-        files = {name: file["sha256"] for name, file in sorted(self.manifest["files"].items())}
-        return {key: self.manifest[key] for key in ("tokenizer", "tokenizer_hash", "vocab_size")} | {
-            "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-
-    def give_vocabulary(self, model_config):
-        """Sets the model's vocabulary to that of the text, unless it was said to have another."""
-        tokenizer, vocab_size = tokenizer_id(self.manifest), self.manifest["vocab_size"]
-        if model_config.tokenizer not in ("", tokenizer):
-            raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset holds "
-                            f"{tokenizer[:20]} tokens: prepare it again with the model's --tokenizer")
-        if model_config.vocab_size not in (ModelConfig.vocab_size, vocab_size):
-            raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: "
-                            "leave it out")
-        model_config.vocab_size, model_config.tokenizer = vocab_size, tokenizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimisation
-
-
-def lr_at(step, config):
-    """The learning rate of step 0, 1, ...: linear warmup, flat, then linear to zero at max_steps."""
-    warmup = (step + 1) / (config.warmup_steps + 1)
-    decay = (config.max_steps - step) / max(1, config.decay_frac * (config.max_steps - config.warmup_steps))
-    return config.lr * max(0.0, min(1.0, warmup, decay))
-
-
-def make_optimizer(model, config):
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Decay on matrices only: a norm's scale or a gate's bias has no reason to be near zero.
-    """
-    def kind(name, p):
-        if p.dim() < 2:
-            return "vector"
-        hidden = name.startswith("blocks.") and name.split(".")[-2] in ("qkv", "out", "up", "gate", "both")
-        return "hidden" if hidden and config.optimizer == "muon" else "matrix"
-    groups = [{"params": [p for name, p in model.named_parameters() if kind(name, p) == which],
-               "weight_decay": config.weight_decay * (which != "vector"), "momentum": 0.95 * (which == "hidden")}
-              for which in ("matrix", "vector", "hidden")]
-    return Muon([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but groups with a momentum take Muon's step: along the orthogonal matrix nearest to the momentum M.
-
-        M = momentum M + G;   W = W - lr (0.2 sqrt(max(rows, columns)) orthogonal(G + momentum M) + weight_decay W)
-
-    The factor makes steps as large as AdamW's are, so that one lr and weight decay serve both (arXiv 2502.16982).
-    Differs from torch.optim.Muon: fp32 on a CPU, where its bf16 can be hundreds of times slower; torch before 2.9.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        groups, self.param_groups = self.param_groups, [g for g in self.param_groups if not g["momentum"]]
-        super().step()
-        self.param_groups = groups
-        for group in (g for g in groups if g["momentum"]):
-            same_shape = defaultdict(list)                                        # one batch of products for each shape
-            for W in (p for p in group["params"] if p.grad is not None):
-                if not self.state[W]:
-                    # AdamW's loading wants a step.
-                    self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))
-                M = self.state[W]["momentum"].mul_(group["momentum"]).add_(W.grad)
-                same_shape[W.shape].append((W, W.grad.add(M, alpha=group["momentum"])))
-            for shape, pairs in same_shape.items():
-                Ws, G = [W for W, _ in pairs], torch.stack([G for _, G in pairs])
-                U = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype) * (0.2 * max(shape) ** 0.5)
-                torch._foreach_mul_(Ws, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(Ws, list(U.unbind()), alpha=-group["lr"])
-
-
-def orthogonal(G, steps=5):
-    """The nearest orthogonal matrix of each of G (..., rows, columns), roughly: singular values end in 0.7..1.2.
-
-    Newton-Schulz iterations of the odd polynomial that Muon's author tuned (K. Jordan 2024): only matrix products.
-    """
-    X = G if G.shape[-2] <= G.shape[-1] else G.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X if G.shape[-2] <= G.shape[-1] else X.mT
-
-
-def load_optimizer(optimizer, state):
-    """Moments from the checkpoint, settings (weight decay, betas, fused) from this run's config."""
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, state["param_groups"]):
-        group["lr"] = saved["lr"]                                                 # best.pt may come before a next step
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-
-def whole(value):
-    """value with its tensors put together from the shards of all processes, in the first of them."""
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()                                               # all processes take part
-        return value.cpu() if RANK == 0 else None
-    return value
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Where a run begins: anew, from another model, or where it stopped
 
@@ -686,7 +487,7 @@ def main():
             say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a "
                 "larger --max_steps goes on, another --out_dir starts another run, --resume=false starts this one over")
             if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
-                plot(Path(config.out_dir))
+                plot_losses(Path(config.out_dir))
         else:
             train(config, model_config, checkpoint, data, device)
 

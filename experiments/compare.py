@@ -1,10 +1,11 @@
 """Compares configs at equal tokens, each at its own tuned learning rate, over seeds, also beyond the trained length.
 
-    python compare.py                    seven presets, small, on Python's source: an hour or two on two cores
-    python compare.py --max_steps=1000 --out_dir=out/longer     the same, with a setting of train.py changed for all
-    python compare.py config/softmax.py config/hybrid.py,window=256 --batch_size=32 --max_steps=500 --out_dir=out/two
+    python -m experiments.compare                                               seven small presets on Python's source
+    python -m experiments.compare --max_steps=1000 --out_dir=out/longer         the same, with a setting for all
+    python -m experiments.compare config/softmax.py config/hybrid.py,window=256 --batch_size=32 --out_dir=out/two
 
-The first two want `python prepare.py --dataset=stdlib`, the third `python prepare.py`: the first shard of C4.
+The first takes an hour or two on two cores. The first two want `python prepare.py --dataset=stdlib`, the third
+`python prepare.py`: the first shard of C4.
 
 An arm is a config file, with settings of its own after commas. Every training is the plain command train.py, which
 stands in the log.txt of its folder, out_dir/ARM/lrLR-seedSEED: so one that was stopped goes on, one that is finished is
@@ -37,26 +38,22 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure, read_config_file
+from support.dataset import Dataset, Windows                                      # support comes before torch
+from support.files import replacing, write_json
+from support.machine import autocast, device_name, out_of_memory, pick_device, say
+from support.report import Log, picture, table
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench import table
-from checkpoint import Log, load_checkpoint, load_model
-from configurator import UserError, command, configure, read_config_file
+from model import LM, ModelConfig, state_bytes
+from checkpoint import load_checkpoint, load_model
+from train import TrainConfig, refuse_changes
 from eval import default_context
-from machine import autocast, out_of_memory, pick_device, say
-from model import LM, ModelConfig
-from prepare import replacing
-from recall import machine, write_json
-from sample import state_bytes
-from train import Dataset, TrainConfig, Windows, refuse_changes
 
-PROGRAM = Path(__file__).resolve().with_name("train.py")
+PROGRAM = Path(__file__).resolve().parent.with_name("train.py")
 PRESETS = ["config/base.py", "config/softmax.py", "config/based.py", "config/retnet.py", "config/deltanet.py",
            "config/gated_deltanet.py,feature_dim=24", "config/hybrid.py,feature_dim=24"]
 SMALL = ["--dataset=stdlib", "--dim=128", "--n_heads=4", "--seq_len=256", "--window=64", "--batch_size=8",
@@ -458,29 +455,23 @@ def report(results, reference, T, length):
            for r in results])
 
 
-def plot(results, path, T, length, title):
+def plot_positions(results, path, T, length, title):
     """Loss against position: a line for the mean of the seeds, a shade for their range, and where training ended."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for result in results:
-        points = [(math.sqrt((start + 1) * end), statistics.fmean(losses), min(losses), max(losses))
-                  for (start, end), losses in zip(bins(T, length), result["bins"])
-                  if not math.isnan(statistics.fmean(losses))]
-        if points:
-            where, means, low, high = zip(*points)
-            line, = axes.plot(where, means, label=result["name"])
-            axes.fill_between(where, low, high, color=line.get_color(), alpha=0.2)
-    axes.axvline(T, color="gray", linestyle="--", label=f"seq_len in training, {T}")
-    axes.set(xscale="log", xlabel="position in the window", ylabel="validation loss (nats per token)")
-    axes.set_title(title, fontsize=9, parse_math=False)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-    say(f"wrote {path}")
+    def draw(axes):
+        for result in results:
+            points = [(math.sqrt((start + 1) * end), statistics.fmean(losses), min(losses), max(losses))
+                      for (start, end), losses in zip(bins(T, length), result["bins"])
+                      if not math.isnan(statistics.fmean(losses))]
+            if points:
+                where, means, low, high = zip(*points)
+                line, = axes.plot(where, means, label=result["name"])
+                axes.fill_between(where, low, high, color=line.get_color(), alpha=0.2)
+        axes.axvline(T, color="gray", linestyle="--", label=f"seq_len in training, {T}")
+        axes.set(xscale="log", xlabel="position in the window", ylabel="validation loss (nats per token)")
+        axes.set_title(title, fontsize=9, parse_math=False)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    picture(path, draw, figsize=(8, 5))
 
 
 @out_of_memory("take a larger --grad_accum, or a smaller --longer")
@@ -499,14 +490,14 @@ def main():
     if len(precisions) > 1:
         say(f"warning: trainings in {' and '.join(precisions)} are compared: --precision and another --out_dir mend it")
     title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, seeds: {config.seeds}, {count} windows of "
-             f"{length} tokens; {machine(device)}, {' and '.join(precisions)}, {config.jobs} at a time")
+             f"{length} tokens; {device_name(device)}, {' and '.join(precisions)}, {config.jobs} at a time")
     written = {"title": title, "seq_len": T, "length": length, "windows": count, "reference": reference,
                "arms": results}
     write_json(Path(config.out_dir, "results.json"), json.loads(json.dumps(written), parse_constant=lambda name: None))
     print(title)
     report(results, reference, T, length)
     if config.plot:
-        plot(results, Path(config.plot), T, length, title)
+        plot_positions(results, Path(config.plot), T, length, title)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The recall-throughput tradeoff, measured: associative recall (MQAR) against state size and decoding speed.
 
-    python recall.py                        a small version that shows the ordering: minutes on two CPU cores
-    python recall.py --full                 the published setting [1, Figure 2], for a GPU
-    python recall.py --full --minutes=10    as far as ten minutes go; the same command later goes on from there
-    python recall.py --smoke                one short run of each kind in the published sizes: does the GPU path work?
+    python -m experiments.recall                        a small version: minutes on two CPU cores
+    python -m experiments.recall --full                 the published setting [1, Figure 2], for a GPU
+    python -m experiments.recall --full --minutes=10    as far as ten minutes go; the same command later resumes
+    python -m experiments.recall --smoke                a short run of each kind in the published sizes, to try a GPU
 
 A sequence states pairs of a key and a value, then asks for each key once; at each question the model must say the
 value:
@@ -41,21 +41,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure
+from support.files import write_json                                              # support comes before torch
+from support.machine import autocast, device_name, pick_device, pick_precision, race, say
+from support.report import picture, table
+from support.speedups import captured
 
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import sample
-from bench import race, table
-from configurator import UserError, command, configure
-from machine import autocast, pick_device, pick_precision, say
-from model import LM, ModelConfig
-from prepare import replacing
+from model import LM, ModelConfig, state_bytes
 
 
 @dataclass
@@ -278,17 +275,12 @@ class Trainer:
         kept = [p.detach().clone() for p in self.model.parameters()], self.total.clone(), lr.clone()
         lr.zero_()
         old = {p: {key: value.clone() for key, value in state.items()} for p, state in self.optimizer.state.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+
+        def warm_up():
             for _ in range(3):
                 self.compute(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
         Trainer.pool = Trainer.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=Trainer.pool):
-            self.compute(static)
+        graph, _ = captured(lambda: self.compute(static), warm_up, Trainer.pool)
         with torch.no_grad():
             for p, before in zip(self.model.parameters(), kept[0]):
                 p.copy_(before)
@@ -360,10 +352,10 @@ class Trainer:
 
 
 @torch.no_grad()
-def state_bytes(config):
+def state_size(config):
     """Bytes of the state of one sequence in fp32, after as many tokens as the longest test has."""
     _, state = LM(config).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
-    return sample.state_bytes(state["layers"])
+    return state_bytes(state["layers"])
 
 
 @torch.no_grad()
@@ -384,26 +376,13 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
         with autocast(device, precision):
             model(tokens[:, -1:], state=state)
     step()
-    replay = captured(step) if device.type == "cuda" else step
-    times, = race([lambda: [replay() for _ in range(steps)]], device, repeats)
+    if device.type == "cuda":
+        try:
+            step = captured(step)[0].replay
+        except RuntimeError as error:
+            say(f"decoding is measured with its launches, which hide differences: {str(error).splitlines()[0]}")
+    times, = race([lambda: [step() for _ in range(steps)]], device, repeats)
     return steps * batch / statistics.median(times)
-
-
-def captured(step):
-    """A call that does what step does, as one CUDA graph, or step itself where that is refused."""
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
-    except RuntimeError as error:
-        say(f"decoding is measured with its launches, which hide differences: {str(error).splitlines()[0]}")
-        return step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,11 +391,6 @@ def captured(step):
 
 def run_file(folder, name, lr, seed):
     return folder / f"{name.replace(' ', '-')}-lr{lr:.1e}-seed{seed}.json"
-
-
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value) + "\n")
 
 
 def read_runs(folder, setting, names):
@@ -472,7 +446,7 @@ def work(number, names, setting, folder, device, precision, use_graphs, threads,
             if record is None:
                 return
             record |= {"name": name, "precision": precision, "graphs": trainers[name].use_graphs,
-                       "setting": fingerprint(setting, name), "machine": machine(device)}
+                       "setting": fingerprint(setting, name), "machine": device_name(device)}
             write_json(run_file(folder, name, lr, seed), record)
             runs[name, lr, seed] = record
         tell(setting.epochs)
@@ -497,10 +471,6 @@ def usable(name, setting, device, precision, fast, data):
                 raise
             reason = (str(error).strip() or "?").splitlines()[0]
             say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {reason}")
-
-
-def machine(device):
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, torch {torch.__version__}"
 
 
 def run_all(names, setting, folder, device, precision, args, deadline):
@@ -557,42 +527,36 @@ def summarise(names, setting, runs, costs):
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
-def plot(rows, path, title, after, with_published):
+def plot_tradeoff(rows, path, title, after, with_published):
     """Accuracy against bytes of state, and against decoding speed; published points as crosses."""
-    try:
-        import matplotlib
-    except ImportError:
-        return say("no picture: that needs matplotlib (pip install matplotlib)")
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
-    for i, family in enumerate(families):
-        mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row["state, bytes"])
-        for panel, key in zip(panels, ("state, bytes", "tokens/s")):
-            panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], "o-", color=f"C{i}", label=family)
-        theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
-        if theirs:
-            panels[0].plot(*zip(*theirs), "x", color=f"C{i}", label=f"{family}, published")
-    panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings",
-                  title=title)
-    panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
-    for panel in panels:
-        panel.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
-    say(f"wrote {path}")
+    def draw(panels):
+        families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
+        for i, family in enumerate(families):
+            mine = sorted((row for row in rows if row["model"].split()[0] == family),
+                          key=lambda row: row["state, bytes"])
+            for panel, key in zip(panels, ("state, bytes", "tokens/s")):
+                panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], "o-", color=f"C{i}",
+                           label=family)
+            theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
+            if theirs:
+                panels[0].plot(*zip(*theirs), "x", color=f"C{i}", label=f"{family}, published")
+        panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)",
+                      ylabel="accuracy, mean over test settings", title=title)
+        panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
+        for panel in panels:
+            panel.grid(alpha=0.3, which="both")
+        panels[0].legend(fontsize=7)
+    picture(path, draw, ncols=2, figsize=(11, 4.5), sharey=True)
 
 
 def measure_costs(names, setting, folder, device, precision):
     """Bytes and decoding speed of each configuration, measured one after the other before training starts."""
     path = folder / "costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
-    todo = [name for name in names if costs.get(name, {}).get("machine") != machine(device)]
+    todo = [name for name in names if costs.get(name, {}).get("machine") != device_name(device)]
     for name in tqdm(todo, desc="decoding", disable=None, leave=False):
         config, batch, after = setting.config(name), setting.decode_batch, setting.decode_after
-        costs[name] = {"bytes": state_bytes(config), "machine": machine(device), "batch": batch, "after": after,
+        costs[name] = {"bytes": state_size(config), "machine": device_name(device), "batch": batch, "after": after,
                        "tokens_per_s": decoding_speed(config, batch, after, device, precision)}
         write_json(path, costs)
     return costs
@@ -619,10 +583,10 @@ def main():
         raise UserError("no run was finished in that time: the same command with more --minutes goes on")
     table(f"MQAR, {kind} setting", rows)
     missing = sum(not needless(runs, *run) for run in itertools.product(names, setting.lrs, range(setting.seeds)))
-    say(f"{machine(device)}, {precision}: {len(runs)} runs in {sum(run['seconds'] for run in runs.values()):.0f} s of "
-        f"training, this call {time.time() - start:.0f} s"
+    say(f"{device_name(device)}, {precision}: {len(runs)} runs in "
+        f"{sum(run['seconds'] for run in runs.values()):.0f} s of training, this call {time.time() - start:.0f} s"
         + f"; {missing} runs are missing, the same command goes on" * bool(missing))
-    plot(rows, folder / "recall.png", f"MQAR, {kind} setting", setting.decode_after, kind == "full")
+    plot_tradeoff(rows, folder / "recall.png", f"MQAR, {kind} setting", setting.decode_after, kind == "full")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The machine that the programs run on: its device, precision, compiler and memory; the processes of torchrun.
 
-Nothing here needs to be known to follow training: train.py, sample.py, eval.py, bench.py and recall.py ask for a device
-and a precision, and get the best there is, or one line that says what is missing.
+Nothing here needs to be known to follow training: the programs ask for a device and a precision, and get the best there
+is, or one line that says what is missing.
 """
 import atexit
 import ctypes
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -59,7 +60,7 @@ def keep_freed_memory():
 
 def bf16_speedup(device):
     """How many times faster a bf16 matrix product is than an fp32 one. On a CPU without bf16 units: far below 1."""
-    def seconds(dtype, size=768):
+    def product_time(dtype, size=768):
         a = torch.randn(size, size, device=device).to(dtype)
         times = []
         for _ in range(4):
@@ -69,7 +70,7 @@ def bf16_speedup(device):
             if times[-1] > 0.5:                                                   # a CPU that emulates bf16
                 break
         return min(times)
-    return seconds(torch.float32) / seconds(torch.bfloat16)
+    return product_time(torch.float32) / product_time(torch.bfloat16)
 
 
 def pick_precision(precision, device):
@@ -137,6 +138,48 @@ def progress(*args, **options):
     return tqdm(*args, disable=True if RANK else None, **options)
 
 
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, torch {torch.__version__}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clocks and signals
+
+
+def seconds(call, device):
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def race(calls, device, repeats):
+    """Times of each call, run in turn `repeats` times after a warm-up, so that a drifting machine favours none."""
+    for call in calls:
+        call(), call()
+    times = [[seconds(call, device) for call in calls] for _ in range(repeats)]
+    return [list(column) for column in zip(*times)]
+
+
+def stop_at_signals():
+    """A list, empty until Ctrl-C or SIGTERM. A second Ctrl-C leaves at once, with the last checkpoint whole."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        if WORLD == 1:                                                            # torchrun may pass one on twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return received
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The processes that torchrun starts, each of which runs the program on its share of every batch
 
@@ -199,3 +242,13 @@ def gather(value):
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def whole(value):
+    """value with its tensors put together from the shards of all processes, in the first of them."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()                                               # all processes take part
+        return value.cpu() if RANK == 0 else None
+    return value

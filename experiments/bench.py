@@ -1,9 +1,9 @@
 """Measures this machine: what a config does, beside the same model with softmax attention, in the same run.
 
-    python bench.py                                            the base model: all but the paper card
-    python bench.py config/gated_deltanet.py --seq_lens=1024,4096 --parts=train
-    python bench.py --precision=bf16 --compile=true --json=bench.json --plot=bench.png
-    python bench.py --parts=card --out_dir=out/base            the paper card: perplexity, memory a sequence, tokens/s
+    python -m experiments.bench                                     the base model: all but the paper card
+    python -m experiments.bench config/gated_deltanet.py --seq_lens=1024,4096 --parts=train
+    python -m experiments.bench --precision=bf16 --compile=true --json=bench.json --plot=bench.png
+    python -m experiments.bench --parts=card --out_dir=out/base     its perplexity, memory a sequence, tokens/s
 
 Every figure is the median of `repeats` runs after a warm-up, ours and the peer's in turn, with the spread (max - min) /
 median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each parameter
@@ -13,31 +13,27 @@ model over those that both models share: the ratio if attention ran at the speed
 """
 import dataclasses
 import itertools
-import json
-import os
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Before torch: threads that spin long starve where a core is shared; those that never do sleep between small products.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ)
+from configurator import UserError, command, configure
+from support import kernels                                                       # support comes before torch
+from support.dataset import Windows, open_split, read_manifest
+from support.files import write_json
+from support.machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds
+from support.optim import make_optimizer
+from support.report import picture, spread, table
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import kernels
+from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked, state_bytes
 from checkpoint import load_checkpoint, load_model
-from configurator import UserError, command, configure
-from machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, say
-from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked
-from prepare import open_split, read_manifest, replacing
-from sample import state_bytes
-from train import TrainConfig, Windows, evaluate, make_optimizer
+from train import TrainConfig, evaluate
 
 
 @dataclass
@@ -71,26 +67,7 @@ class BenchConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Clocks
-
-
-def seconds(call, device):
-    """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def race(calls, device, repeats):
-    """Times of each call, run in turn `repeats` times after a warm-up, so that a drifting machine favours none."""
-    for call in calls:
-        call(), call()
-    times = [[seconds(call, device) for call in calls] for _ in range(repeats)]
-    return [list(column) for column in zip(*times)]
+# Peaks of the machine
 
 
 def machine_peaks(device, dtype):
@@ -249,25 +226,6 @@ def memory_per_sequence(config, T, bench, device):
 # The tables
 
 
-def show(cell):
-    if isinstance(cell, (int, float)) and abs(cell) >= 100:
-        return f"{cell:,.0f}"
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-
-
-def table(title, rows):
-    """Prints rows (dicts with the same keys) as a Markdown table."""
-    print(f"\n{title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(map(show, row.values()))} |")
-    sys.stdout.flush()
-
-
-def spread(*columns):
-    widest = max((max(times) - min(times)) / statistics.median(times) for times in columns)
-    return f"{widest:.0%}" if widest > 0.1 else ""
-
-
 def measure(bench, config, device):
     """{part: rows} and what they were measured on, printed as tables."""
     peer = dataclasses.replace(config, mixers=["softmax"], pos="rope" if config.pos == "none" else config.pos)
@@ -355,28 +313,22 @@ def card(bench, train_config, device):
     return row
 
 
-def plot(figures, path):
+def plot_costs(figures, path):
     """Cost of a token against T, training; and of its decoding, what one text's state takes: ours and softmax's."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
     panels = [("train", "T", "tokens/s", "softmax", "microseconds a token, training", lambda y: 1e6 / y, "length T"),
               ("decode", "after", "MB a text", "softmax MB", "MB of state a text, decoding", float, "tokens before")]
     panels = [panel for panel in panels if panel[0] in figures]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for (part, x, mine, theirs, ylabel, cost, xlabel), ax in zip(panels, axes[0]):
-        rows = [row for row in figures[part] if row.get("texts") == figures[part][0].get("texts")]
-        for key, label in ((mine, " ".join(figures["config"]["mixers"])), (theirs, "softmax")):
-            ax.plot([row[x] for row in rows], [cost(row[key]) for row in rows], marker="o", label=label)
-        ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-        ax.legend()
-        ax.grid(alpha=0.3, which="both")
-    figure.suptitle(figures["machine"])
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+
+    def draw(axes):
+        for (part, x, mine, theirs, ylabel, cost, xlabel), ax in zip(panels, axes[0]):
+            rows = [row for row in figures[part] if row.get("texts") == figures[part][0].get("texts")]
+            for key, label in ((mine, " ".join(figures["config"]["mixers"])), (theirs, "softmax")):
+                ax.plot([row[x] for row in rows], [cost(row[key]) for row in rows], marker="o", label=label)
+            ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+            ax.legend()
+            ax.grid(alpha=0.3, which="both")
+        axes[0, 0].figure.suptitle(figures["machine"])
+    picture(path, draw, ncols=len(panels), figsize=(5 * len(panels), 4), squeeze=False)
 
 
 def vocabulary(config, train_config):
@@ -402,10 +354,9 @@ def main():
         figures |= measure(bench, config, device)
     say(f"peak memory of this process: {peak_memory(device) / 1e9:.2f} GB")
     if bench.json:
-        with replacing(Path(bench.json)) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1))
+        write_json(Path(bench.json), figures, indent=1)
     if bench.plot:
-        plot(figures, bench.plot)
+        plot_costs(figures, Path(bench.plot))
 
 
 if __name__ == "__main__":
