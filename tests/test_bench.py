@@ -1,14 +1,14 @@
-"""bench.py: every part runs on a small model, and its figures are the ones it says."""
+"""experiments/bench.py: every part runs on a small model, and its figures are the ones it says."""
 import json
 import sys
 
 import pytest
 import torch
 
-import bench
 import prepare
 import train
 from configurator import UserError
+from experiments import bench
 from model import ModelConfig
 
 SMALL = ["--dim=16", "--depth=2", "--n_heads=2", "--vocab_size=100", "--device=cpu", "--precision=fp32", "--repeats=2",

@@ -1,4 +1,4 @@
-"""compare.py: training loss picks the lr, a position's loss is the model's, a killed sweep ends in the same table."""
+"""experiments/compare.py: training loss picks the lr, a position's loss is the model's, a killed sweep ends in the same table."""
 import dataclasses
 import json
 import math
@@ -17,15 +17,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import compare
-import prepare
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError, command
+from experiments import compare
 from model import LM, ModelConfig
+from support.dataset import Dataset, Windows
+from support.files import locked
 from test_train import as_it_was, data  # noqa: F401 (fixtures)
-from train import Dataset, Windows
 
-ROOT = Path(compare.__file__).parent
+ROOT = Path(compare.__file__).parent.parent
 ARM = "config/hybrid.py,feature_dim=8,window=4"
 TINY = ["--dataset=text", "--dim=16", "--depth=2", "--n_heads=2", "--seq_len=8", "--batch_size=4", "--grad_accum=1",
         "--warmup_steps=2", "--max_steps=30", "--log_interval=1", "--save_interval=10", "--eval_tokens=256",
@@ -38,7 +38,7 @@ def in_the_repository(monkeypatch):
 
 
 def run(*argv):
-    """`python compare.py` in this process: the exit code."""
+    """`python -m experiments.compare` in this process: the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *argv])
         patch.chdir(ROOT)
@@ -366,7 +366,7 @@ def test_the_picture_is_a_png(sweep):
 def test_a_killed_sweep_that_is_started_again_ends_in_the_same_table(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "PAUSE", 0.5)
     flags = [*sweep.flags, f"--out_dir={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "compare.py", *flags], stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "-m", "experiments.compare", *flags], stderr=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while not list(tmp_path.glob("hybrid*/lr0.01-seed1/ckpt.pt")):
@@ -422,7 +422,7 @@ def test_a_folder_where_another_trains_holds_back_no_other(data, tmp_path, monke
     waited = []
 
     def other():
-        with prepare.locked(first):
+        with locked(first):
             for _ in range(300):
                 if (second / "diverged").exists() and (first / "log.txt").read_text().count(compare.BUSY) > 1:
                     waited.append(True)

@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 import model
 from configurator import read_config_file
-from kernels import Projection, linear_cross_entropy
 from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate, softmax_attention
+from support import kernels
 
 
 def chunked(size):
@@ -730,18 +729,6 @@ def test_without_order_or_positions_shuffling_tokens_shuffles_logits(mixers):
 # The loss
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
-def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradients(chunk):
-    x, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (30, 128))
-    targets = torch.randint(70, (30,))                                           # the other 58 rows are padding
-    targets[[0, 7, 8, 29]] = -1
-    loss = linear_cross_entropy(x, weight, targets, 70, chunk=chunk)
-    wanted = F.cross_entropy(x @ weight[:70].T, targets, ignore_index=-1)
-    close(loss, wanted, 1e-12)
-    close(*(torch.autograd.grad(3 * z, (x, weight)) for z in (loss, wanted)), 1e-12)
-    assert linear_cross_entropy(x, weight, targets.clamp(max=-1), 70, chunk=chunk) == 0
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_of_the_model_is_cross_entropy_of_its_logits(tied):
     lm, idx = tiny(tied=tied), torch.randint(70, (3, 20))
@@ -756,30 +743,6 @@ def test_targets_of_another_shape_are_refused():
     for shape in ((1, 1), (1, 4), (3,)):                                         # (1, 1) was three times the loss
         with pytest.raises(ValueError, match="one target for each token"):
             tiny()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(shape, dtype=torch.long))
-
-
-def test_no_more_than_one_chunk_of_logits_is_in_memory():
-    x, weight = (torch.randn(n, 8, requires_grad=True) for n in (4096, 512))
-    with Largest() as seen:
-        linear_cross_entropy(x, weight, torch.randint(512, (4096,)), 512, chunk=64).backward()
-    assert seen.elements <= 64 * 512                                             # and not 4096 * 512
-    lm, idx = LM(ModelConfig(**{**TINY, "vocab_size": 50257, "depth": 1})), torch.zeros(1, 2048, dtype=torch.long)
-    with Largest() as seen:
-        lm(idx, idx)[0].backward()
-    assert seen.elements <= 2 ** 25                                              # and not 2048 * 50257
-
-
-@pytest.mark.parametrize("shape, pieces", [((), 1), ((1, 1), 1), ((2, 4), 1), ((3, 3), 0), ((0, 3), 0)])
-def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape, pieces):
-    module, x = Projection(256, 1040), torch.randn(*shape, 256, requires_grad=True)
-    with torch.profiler.profile() as profile:
-        y = module(x)
-    products = sum(event.name == "aten::bmm" for event in profile.events())
-    assert products == (pieces and torch.backends.mkl.is_available())
-    wanted = F.linear(x, module.weight)
-    close(y, wanted, 1e-5)
-    close(torch.compile(module, dynamic=False, fullgraph=True, backend="eager")(x), y, 1e-5)  # no graph breaks
-    close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""recall.py: the data are the published ones, only answers count, finished runs are kept, and a state's bytes are real."""
+"""experiments/recall.py: the data are the published ones, only answers count, finished runs are kept, and a state's bytes are real."""
 import dataclasses
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import recall
-from recall import FULL, Part
+from experiments import recall
+from experiments.recall import FULL, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_dropout_acts_on_the_embedding_alone():
     ("deltanet d64", (2 * 32 * 32 + 3 * 192 + 2 * 64) * 4), ("gated_deltanet d64", (2 * 32 * 64 + 3 * 256 + 2 * 64) * 4),
     ("window64 d128", (2 * 64 * 128 + 2 * 128) * 4), ("softmax d64", (2 * 1024 * 64 + 2 * 64) * 4)])
 def test_state_bytes_are_those_of_the_tensors_that_decoding_keeps(name, size):
-    assert recall.state_bytes(FULL.config(name)) == size
+    assert recall.state_size(FULL.config(name)) == size
 
 
 @pytest.mark.parametrize("name", [name for name in FULL.models if name in recall.PUBLISHED])
@@ -102,7 +102,7 @@ def test_states_have_the_published_size_but_for_the_inputs_that_convolutions_kee
     """The published count: 3 inputs of the first convolution where we keep 2, and none of a delta rule's own."""
     config = FULL.config(name)
     own = 3 * (2 * config.dim + config.n_heads * config.head_dim("v")) * 4 if config.short_conv else 0
-    assert abs(recall.state_bytes(config) - own + config.dim * 4 - recall.PUBLISHED[name][0]) <= 0.02 * recall.PUBLISHED[name][0]
+    assert abs(recall.state_size(config) - own + config.dim * 4 - recall.PUBLISHED[name][0]) <= 0.02 * recall.PUBLISHED[name][0]
 
 
 def test_training_twice_in_one_trainer_gives_what_two_trainers_give():
@@ -161,7 +161,7 @@ def test_finished_runs_are_skipped_and_a_solved_configuration_needs_no_more(tmp_
 
 def test_the_program_ends_with_a_table_in_a_given_time_and_refuses_bad_flags_in_one_line(tmp_path):
     def run(*flags):
-        return subprocess.run([sys.executable, "recall.py", f"--out_dir={tmp_path}", *flags], cwd=ROOT, text=True,
+        return subprocess.run([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", *flags], cwd=ROOT, text=True,
                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     for flags, wanted in ((("--only=nothing",), "names no configuration"), (("--full", "--smoke"), "take one of them")):
         bad = run(*flags)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import checkpoint
-import prepare
 import sample
 from configurator import command
 from model import LM, ModelConfig
+from support.dataset import load_tokenizer
 
-PROGRAM, BYTES = Path(sample.__file__), prepare.load_tokenizer("bytes")
+PROGRAM, BYTES = Path(sample.__file__), load_tokenizer("bytes")
 
 
 def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **options):

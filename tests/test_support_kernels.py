@@ -1,6 +1,6 @@
-"""Claims about kernels.py: on a GPU the Triton kernels are the operation that model.py defines, in values, states and
+"""Claims about support/kernels.py: on a GPU the Triton kernels are the operation that model.py defines, in values, states and
 all gradients, against the quadratic form in float64. With no GPU they are skipped, unless Triton interprets them:
-    pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py
+    pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_support_kernels.py
 """
 import os
 import subprocess
@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from kernels import linear_attention_triton
 from model import FEATURE_MAPS, linear_attention_quadratic
+from support import kernels
+from support.kernels import linear_attention_triton
 
 WIDTHS = [(16, 16), (64, 1), (153, 64), (80, 48), (256, 256)]
 INTERPRETED = kernels.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,22 +182,6 @@ def test_torch_compile_takes_it_whole(normaliser, rule):
         assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
-def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
-    monkeypatch.setattr(kernels, "cuda_graph", lambda step, idx, state: lambda idx, _: ("recorded", state))
-    one, four = torch.zeros(2, 1), torch.zeros(2, 4)
-    fixed = kernels.recorded(lambda idx, state: ("read", [None, torch.zeros(3), 5]))
-    state, seen = None, []
-    for idx in (four, four, one, one, one):
-        said, state = fixed(idx, state)
-        seen.append(said)
-    assert seen == ["read", "read", "read", "recorded", "recorded"]
-    grows = kernels.recorded(lambda idx, state: ("read", [torch.zeros(len(state[0]) + 1)]))
-    state = [torch.zeros(1)]
-    for _ in range(4):
-        said, state = grows(one, state)
-        assert said == "read"
-
-
 def test_shapes_that_do_not_fit_are_rejected():
     q = torch.randn(1, 2, 5, 4)
     for wrong in (dict(k=q[..., :3]), dict(v=q[:, :, :4]), dict(log_decay=q[..., 0, :]), dict(beta=q[..., 0, :]),
@@ -208,6 +192,6 @@ def test_shapes_that_do_not_fit_are_rejected():
 
 
 def test_without_triton_it_imports_and_says_that_it_is_not_available():
-    script = "import sys; sys.modules['triton'] = None; import kernels, torch; " \
+    script = "import sys; sys.modules['triton'] = None; import torch; from support import kernels; " \
              "x = torch.ones(1, 1, 1, 8); assert not kernels.available(x, x)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parent.parent)

@@ -1,4 +1,4 @@
-"""machine.py: what a machine has is found and used, and what it lacks is one line."""
+"""support/machine.py: what a machine has is found and used, and what it lacks is one line."""
 import os
 import shutil
 import signal
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import machine
 import train
 from checkpoint import load_checkpoint
 from configurator import UserError
+from support import machine
 from test_train import as_it_was, at_step, data, losses, run  # noqa: F401 (fixtures)
 
 
@@ -92,8 +92,9 @@ def test_compiled_blocks_give_the_same_curve_and_plain_names(run, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc's malloc")
 def test_a_large_tensor_takes_memory_that_was_freed_before():
     script = """if True:
-        import resource, torch, train
-        train.pick_device("cpu")
+        import resource, torch
+        from support.machine import pick_device
+        pick_device("cpu")
         faults = []
         for _ in range(16):                                                       # the first ones may find no hole
             torch.zeros(2**24)                                                    # 64 MB, 16,384 pages

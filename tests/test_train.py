@@ -1,6 +1,7 @@
 """train.py: the curve depends on the config alone; a kill, a full disk or a rotten file loses and hides nothing."""
 import copy
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -24,18 +25,20 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import train
-from checkpoint import Log, load_checkpoint
+from checkpoint import load_checkpoint
 from configurator import command
 from model import LM, ModelConfig
+from support.dataset import load_tokenizer, open_split, read_manifest, write_sealed
+from support.optim import lr_at
+from support.report import Log
 
 PROGRAM = Path(train.__file__)
 MODEL = ["--dim=16", "--depth=1", "--n_heads=2", "--seq_len=16"]
 RUN = ["--batch_size=4", "--grad_accum=1", "--max_steps=12", "--warmup_steps=2", "--lr=1e-2", "--log_interval=1",
        "--eval_interval=6", "--save_interval=3", "--eval_tokens=256", "--precision=fp32", "--device=cpu",
        "--dataset=text"]
-BYTES, PLOT = prepare.load_tokenizer("bytes"), train.plot
+BYTES = load_tokenizer("bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def as_it_was(monkeypatch):
     """One thread (bytes are only promised at a fixed count), nothing slow, and no signal handlers left behind."""
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
-    monkeypatch.setattr(train, "plot", lambda out_dir: None)
+    monkeypatch.setattr(train, "plot_losses", lambda out_dir: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     yield
     torch.set_num_threads(threads)
@@ -123,10 +126,10 @@ def write_dataset(folder, train=range(200), val=range(200), vocab_size=257, toke
                "dtype": "uint16", "files": {}}
     for split, ids in (("train", train), ("val", val)):
         np.array(ids, "<u2").tofile(folder / f"{split}.bin")
-        digest = prepare.hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        digest = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
         content["files"][f"{split}.bin"] = {"split": split, "tokens": len(ids), "documents": int(len(ids) > 0),
                                             "bytes": 2 * len(ids), "sha256": digest}
-    prepare.write_sealed(folder / "manifest.json", content)
+    write_sealed(folder / "manifest.json", content)
     return [f"--data_dir={folder.parent}", f"--dataset={folder.name}"]
 
 
@@ -138,61 +141,6 @@ def flip(path, position, bit=0):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
-
-
-def token_files(folder, *sizes):
-    """Files whose token at a position names the file and the position."""
-    for i, size in enumerate(sizes):
-        np.arange(size, dtype="<u2").__iadd__(1000 * i).tofile(folder / f"{i}.bin")
-    return [np.memmap(folder / f"{i}.bin", "<u2", "r") for i in range(len(sizes))]
-
-
-@pytest.mark.parametrize("sizes", [(17,), (32,), (33,), (500,), (17, 3, 100, 16, 999)])
-def test_an_epoch_visits_every_window_once_and_no_window_crosses_a_file(tmp_path, sizes):
-    windows = train.Windows(token_files(tmp_path, *sizes), 16, seed=1)
-    for epoch in range(3):
-        starts = []
-        for number in range(epoch * windows.total, (epoch + 1) * windows.total):
-            assert list(windows[number]) == list(range(windows[number][0], windows[number][0] + 17))
-            starts.append(int(windows[number][0]))
-        gaps = np.diff(sorted(starts))
-        assert len(set(starts)) == windows.total and all(gap >= 16 for gap in gaps)
-    assert windows.total >= sum(max(1, size // 16 - 2) for size in sizes if size > 16)
-
-
-def test_epochs_cut_a_file_at_every_offset_and_start_elsewhere(tmp_path):
-    windows = train.Windows(token_files(tmp_path, 500), 16, seed=1)
-    firsts = [int(windows[epoch * windows.total][0]) for epoch in range(200)]
-    assert {first % 16 for first in firsts} == set(range(16)) and len(set(firsts)) > 100
-
-
-def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path):
-    files = token_files(tmp_path, 500, 300)
-    def batch(seed, numbers, windows=None):
-        return (windows or train.Windows(files, 16, seed)).batch(numbers, 2000, torch.device("cpu"))
-    used = train.Windows(files, 16, 1)
-    [used[number] for number in (500, 3, 77)]
-    x, y = batch(1, range(80, 88))
-    assert torch.equal(x, batch(1, range(80, 88), used)[0])
-    assert torch.equal(x, torch.cat([batch(1, range(80, 82))[0], batch(1, range(82, 88))[0]]))
-    assert not torch.equal(x, batch(2, range(80, 88))[0]) and not torch.equal(x, batch(1, range(88, 96))[0])
-    assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_reading_batches_for_10000_steps_takes_no_more_memory(tmp_path):
-    """Of this process's own: pages of the files that are still in memory are the system's, to take back at any time."""
-    def own():
-        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    for i in range(2):
-        with open(tmp_path / f"{i}.bin", "wb") as file:
-            file.truncate(2 * 10**8)
-    windows = train.Windows([np.memmap(tmp_path / f"{i}.bin", "<u2", "r") for i in range(2)], 256, seed=1)
-    for step in range(10_000):
-        windows.batch(range(4 * step, 4 * step + 4), 2, torch.device("cpu"))
-        if step == 500:
-            before = own()
-    assert own() - before < 2_000                                                 # the batches are 82,000 kB
 
 
 def test_grad_accum_gives_the_same_loss_curve(run, tmp_path):
@@ -259,7 +207,7 @@ def kill_at_random(folder, flags, kills, seed):
     """
     import torch._dynamo  # noqa: F401  an optimiser's first use loads it: here once, instead of a second in every fork
     torch.set_num_threads(1)
-    train.plot, os.fsync, sys.argv = lambda out_dir: None, lambda file: None, ["train.py", *flags]
+    train.plot_losses, os.fsync, sys.argv = lambda out_dir: None, lambda file: None, ["train.py", *flags]
     rng = random.Random(seed)
 
     def start(at, place):
@@ -647,7 +595,7 @@ def test_a_checkpoint_holds_what_the_contract_says(run):
         model.load_state_dict(checkpoint["model"])
     assert checkpoint["data"]["tokenizer"] == "bytes" and checkpoint["config"]["lr"] == 0.01
     rates = {group["lr"] for group in torch.load("out/ckpt.pt")["optimizer"]["param_groups"]}
-    assert rates == {train.lr_at(11, train.TrainConfig(**checkpoint["config"]))}
+    assert rates == {lr_at(11, train.TrainConfig(**checkpoint["config"]))}
 
 
 @pytest.mark.parametrize("file, room", [("ckpt.pt", 30_000), ("metrics.jsonl", None)])
@@ -758,7 +706,7 @@ def test_metrics_have_the_fields_of_the_contract(run):
     assert all(r.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "time"} for r in steps)
     assert all(r["tokens"] == 64 * r["step"] for r in raw)
     config = train.TrainConfig(lr=1e-2, warmup_steps=2, max_steps=12)
-    assert [r["lr"] for r in steps] == [train.lr_at(r["step"] - 1, config) for r in steps]
+    assert [r["lr"] for r in steps] == [lr_at(r["step"] - 1, config) for r in steps]
     evaluations = [r for r in raw if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [6, 12]
     for r in evaluations:
@@ -779,8 +727,8 @@ def test_eval_only_repeats_the_evaluation_in_the_log(run, tmp_path):
 def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
     """A uniform model over 257 tokens needs log2(257) bits a token; this text has 200 tokens for 400 bytes."""
     write_dataset(tmp_path / "text")
-    manifest = prepare.read_manifest(tmp_path / "text")
-    files, model = prepare.open_split(tmp_path / "text", manifest, "val"), LM(ModelConfig(257, 8, 1, 1, seq_len=16))
+    manifest = read_manifest(tmp_path / "text")
+    files, model = open_split(tmp_path / "text", manifest, "val"), LM(ModelConfig(257, 8, 1, 1, seq_len=16))
 
     def evaluate(batch_size=1, grad_accum=1, eval_tokens=96):
         config = train.TrainConfig(batch_size=batch_size, grad_accum=grad_accum, eval_tokens=eval_tokens)
@@ -820,67 +768,6 @@ def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, pro
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimiser
-
-
-def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    config = train.TrainConfig(lr=1.0, warmup_steps=9, max_steps=109, decay_frac=0.5)
-    rates = [train.lr_at(step, config) for step in range(110)]
-    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and rates[9:60] == [1.0] * 51
-    assert rates[84] == pytest.approx(0.5) and rates[109] == 0 and rates[108] == pytest.approx(0.02)
-
-
-def test_only_matrices_decay_and_adamw_is_fused():
-    model = LM(ModelConfig(257, 16, 2, 2, decay="gated", normaliser="rms", short_conv=True, norm="layer"))
-    optimizer = train.make_optimizer(model, train.TrainConfig(weight_decay=0.3))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
-    for name, p in model.named_parameters():
-        assert (id(p) in decayed) == (not any(word in name for word in ("norm", "bias", "log_A"))), name
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-    assert optimizer.defaults["fused"]
-
-
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
-    model = LM(ModelConfig(257, 16, 3, 2, mixers="linear window conv", decay="gated", short_conv=True, mlp="swiglu"))
-    optimizer = train.make_optimizer(model, train.TrainConfig(optimizer="muon", lr=0.01))
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[0].backward()
-    optimizer.step()
-    hidden = {name for name, p in model.named_parameters() if "momentum" in optimizer.state[p]}
-    assert hidden == {f"{name}.weight" for name, module in model.blocks.named_modules(prefix="blocks")
-                      if isinstance(module, torch.nn.Linear) and not name.endswith("decay")}
-    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (16, 16), (16, 48)])
-def test_a_step_of_muon_is_along_the_orthogonal_matrix_nearest_to_the_momentum(shape):
-    torch.manual_seed(0)
-    U, S, V = torch.linalg.svd(G := torch.randn(3, *shape), full_matrices=False)
-    got = U.mT @ train.orthogonal(G) @ V.mT                                       # on the singular vectors: diagonal
-    assert (got - torch.diag_embed(torch.diagonal(got, dim1=-2, dim2=-1))).abs().max() < 1e-4
-    assert torch.diagonal(got, dim1=-2, dim2=-1)[S > 0.1 * S[:, :1]].sub(0.95).abs().max() < 0.3
-
-    W = torch.nn.Parameter(torch.randn(shape))
-    optimizer = train.Muon([{"params": [W], "momentum": 0.9, "lr": 0.1, "weight_decay": 0.5}])
-    M, expected = torch.zeros(shape), W.detach().clone()
-    for G in torch.randn(3, *shape):
-        W.grad, M = G.clone(), 0.9 * M + G
-        optimizer.step()
-        expected = expected - 0.1 * (0.2 * max(shape) ** 0.5 * train.orthogonal(G + 0.9 * M) + 0.5 * expected)
-    assert torch.allclose(W, expected, atol=1e-5)
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
-def test_muon_is_that_of_torch_up_to_its_bf16():
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.ones(32, 96)) for _ in range(2))
-    settings = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.95}
-    optimizers = (train.Muon([{"params": [ours], **settings}]),
-                  torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw"))
-    for G in torch.randn(4, 32, 96):
-        ours.grad, theirs.grad = G.clone(), G.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert (ours - theirs).norm() < 0.02 * (theirs - 0.98 ** 4).norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

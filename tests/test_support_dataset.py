@@ -1,0 +1,156 @@
+"""support/dataset.py: tokens are those of the text, damage is found, and windows of them depend on (seed, number) alone."""
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from configurator import UserError
+from support import dataset
+from support.dataset import Windows
+from test_prepare import BYTES, HARD_TEXTS, LONE, contents, flip, gpt2, run, write_c4  # noqa: F401 (a fixture)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_encoding_then_decoding_gives_the_text_back(name, request):
+    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else BYTES
+    for text in HARD_TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes([*ids, tokenizer.eot]).decode() == dataset.clean(text)[0]
+        assert all(0 <= i < tokenizer.eot for i in ids), "text made an end-of-text"
+    assert dataset.clean(LONE)[0] == "\ufffd lone \ufffd🙂"
+
+
+def test_gpt2_ids_are_those_of_tiktoken(gpt2):
+    import tiktoken
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.dtype) == (50257, 50256, np.dtype("<u2"))
+    for text in HARD_TEXTS:
+        assert list(gpt2.encode(text)) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+DOCUMENT = st.text(" \na.é") | st.sampled_from([dataset.END, "<|end", dataset.END[1:], ">", "\n "])
+
+
+@given(st.lists(DOCUMENT), st.booleans())
+@settings(max_examples=300)
+def test_documents_encoded_at_once_have_the_ids_of_each(gpt2, texts, ended):
+    pieces = [(text, True) for text in texts] + [("the first piece of one more", False)] * (not ended)
+    for tokenizer in (gpt2, BYTES):
+        one_by_one = [i for text, last in pieces for i in [*tokenizer.encode(text), *[tokenizer.eot] * last]]
+        assert not pieces or list(tokenizer.encode_pieces(pieces)) == one_by_one
+
+
+def test_a_megabyte_of_one_letter_is_encoded_in_seconds(gpt2):
+    begin = time.monotonic()
+    assert len(gpt2.encode("a" * 1_000_000)) == 250_000 and len(BYTES.encode("a" * 1_000_000)) == 1_000_000
+    assert time.monotonic() - begin < 10
+
+
+def test_a_vocabulary_beyond_65536_takes_four_bytes_per_id():
+    sizes = {n: dataset.Tokenizer("x", n, n - 1, "", None, None).dtype for n in (65536, 65537)}
+    assert sizes == {65536: np.dtype("<u2"), 65537: np.dtype("<u4")}
+
+
+def test_tokenizer_hashes_are_pinned(gpt2):
+    assert (BYTES.vocab_size, BYTES.eot) == (257, 256)
+    assert gpt2.hash.startswith("a5623714bcf1") and BYTES.hash != gpt2.hash
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
+    flag = write_c4(tmp_path, shards=1, documents=3)
+    run(tmp_path, flag)
+    path = tmp_path / "data/c4/manifest.json"
+    for position in range(path.stat().st_size):
+        flip(path, position, 1 << position % 8)
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            dataset.read_manifest(path.parent)
+        flip(path, position, 1 << position % 8)
+    dataset.read_manifest(path.parent)
+
+
+def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):
+    flag, folder = write_c4(tmp_path, shards=1), tmp_path / "data/c4"
+    with pytest.raises(UserError, match="no finished dataset .* python prepare.py --dataset=c4"):
+        dataset.read_manifest(folder)
+    run(tmp_path, flag)
+    before = contents(folder)
+    for change, words in ((lambda path: path.unlink(), "missing"), (lambda path: path.write_bytes(b"12"), "2 bytes"),
+                          (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes instead of")):
+        change(folder / "train-00000.bin")
+        with pytest.raises(UserError, match=words):
+            dataset.read_manifest(folder)
+        (folder / "train-00000.bin").write_bytes(before["train-00000.bin"])
+    for text in (b"", b"{}", b"[]", b"null", b"{", b"\xff", before["manifest.json"][:-9], b"[" * 100_000):
+        (folder / "manifest.json").write_bytes(text)
+        with pytest.raises(UserError, match="damaged"):
+            dataset.read_manifest(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+def token_files(folder, *sizes):
+    """Files whose token at a position names the file and the position."""
+    for i, size in enumerate(sizes):
+        np.arange(size, dtype="<u2").__iadd__(1000 * i).tofile(folder / f"{i}.bin")
+    return [np.memmap(folder / f"{i}.bin", "<u2", "r") for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("sizes", [(17,), (32,), (33,), (500,), (17, 3, 100, 16, 999)])
+def test_an_epoch_visits_every_window_once_and_no_window_crosses_a_file(tmp_path, sizes):
+    windows = Windows(token_files(tmp_path, *sizes), 16, seed=1)
+    for epoch in range(3):
+        starts = []
+        for number in range(epoch * windows.total, (epoch + 1) * windows.total):
+            assert list(windows[number]) == list(range(windows[number][0], windows[number][0] + 17))
+            starts.append(int(windows[number][0]))
+        gaps = np.diff(sorted(starts))
+        assert len(set(starts)) == windows.total and all(gap >= 16 for gap in gaps)
+    assert windows.total >= sum(max(1, size // 16 - 2) for size in sizes if size > 16)
+
+
+def test_epochs_cut_a_file_at_every_offset_and_start_elsewhere(tmp_path):
+    windows = Windows(token_files(tmp_path, 500), 16, seed=1)
+    firsts = [int(windows[epoch * windows.total][0]) for epoch in range(200)]
+    assert {first % 16 for first in firsts} == set(range(16)) and len(set(firsts)) > 100
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(tmp_path):
+    files = token_files(tmp_path, 500, 300)
+    def batch(seed, numbers, windows=None):
+        return (windows or Windows(files, 16, seed)).batch(numbers, 2000, torch.device("cpu"))
+    used = Windows(files, 16, 1)
+    [used[number] for number in (500, 3, 77)]
+    x, y = batch(1, range(80, 88))
+    assert torch.equal(x, batch(1, range(80, 88), used)[0])
+    assert torch.equal(x, torch.cat([batch(1, range(80, 82))[0], batch(1, range(82, 88))[0]]))
+    assert not torch.equal(x, batch(2, range(80, 88))[0]) and not torch.equal(x, batch(1, range(88, 96))[0])
+    assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_reading_batches_for_10000_steps_takes_no_more_memory(tmp_path):
+    """Of this process's own: pages of the files that are still in memory are the system's, to take back at any time."""
+    def own():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    for i in range(2):
+        with open(tmp_path / f"{i}.bin", "wb") as file:
+            file.truncate(2 * 10**8)
+    windows = Windows([np.memmap(tmp_path / f"{i}.bin", "<u2", "r") for i in range(2)], 256, seed=1)
+    for step in range(10_000):
+        windows.batch(range(4 * step, 4 * step + 4), 2, torch.device("cpu"))
+        if step == 500:
+            before = own()
+    assert own() - before < 2_000                                                 # the batches are 82,000 kB

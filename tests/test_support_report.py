@@ -1,0 +1,153 @@
+"""support/report.py: who watches a run sees all of it and changes nothing; a picture that cannot be drawn fails no run."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from checkpoint import load_checkpoint
+from support import report
+from support.report import plot_losses
+from test_train import as_it_was, at_step, contents, data, records, refusal, run, same  # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    tmp_path /= "\udc80 $b{$"
+    tmp_path.mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": null}\n{"step": 2, "tokens": 16, "lo')
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "say", lambda line: None)                             # capsys cannot hold this name
+        plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot_losses(tmp_path / "nowhere")
+    assert "no loss.png: pip install matplotlib draws it\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["matplotlib/__init__.py", "matplotlib/pyplot.py"])
+def test_a_matplotlib_that_fails_is_one_line_and_fails_no_run(tmp_path, package):
+    """Not there, of another numpy, or with a backend that does not start: the run that asked for a picture goes on."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text("def use(backend): pass")
+    (tmp_path / package).write_text("raise AttributeError('_ARRAY_API not found')")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n')
+    script = f"from pathlib import Path; from support.report import plot_losses; plot_losses(Path({str(tmp_path)!r}))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True,
+                            env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    line = "no loss.png: matplotlib fails (AttributeError: _ARRAY_API not found)\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", line)
+
+
+def test_damaged_lines_of_the_log_are_named_and_left_out(tmp_path, capsys):
+    good, path = '{"step": 1, "tokens": 8, "loss": 3.0}', tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([good, good.replace("1", '"1"'), good.replace("tokens", "tokenz"), "{", good, "{"]))
+    assert report.Log.read(path) == [json.loads(good)] * 2
+    assert "3 lines are left out, the first is line 2" in capsys.readouterr().err
+
+
+def without_wall_clock(values):
+    return {key: value for key, value in values.items() if key not in ("tokens_per_s", "time")}
+
+
+def test_wandb_gets_every_record_samples_and_the_curve_and_a_resumed_run_goes_on_as_the_same(run, tmp_path, monkeypatch):
+    class Run:
+        def __init__(self, **options):
+            starts.append(options)
+            self.id, self.finish = options["id"] or f"id{len(starts)}", lambda: finished.append(self.id)
+
+        def log(self, values, step):
+            logged.append((step, values))
+    starts, logged, finished = [], [], []
+    module = SimpleNamespace(init=lambda **options: Run(**options), Html=lambda text: ("html", text), Image=lambda path: ("image", path))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(train, "plot_losses", plot_losses)
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--wandb_project=mine", "--seed=3").code == 143
+    assert run("--wandb_project=mine", "--seed=3").code == 0
+    assert [start["id"] for start in starts] == [None, "id1"] and all(start["resume"] == "allow" for start in starts)
+    assert starts[0]["project"] == "mine" and starts[0]["config"]["seed"] == 3 and starts[0]["config"]["dim"] == 16
+    assert finished == ["id1", "id1"] and logged.pop() == (12, {"loss_curve": ("image", "out/loss.png")})
+    texts = [(step, values["sample"]) for step, values in logged if "sample" in values]
+    assert [step for step, _ in texts] == [6, 12] and all(kind == "html" and len(text) > 60 for _, (kind, text) in texts)
+    numbers = [{"step": step} | without_wall_clock(values) for step, values in logged if "sample" not in values]
+    assert numbers == records(tmp_path / "run") and len(numbers) == 14
+    steps = [step for step, _ in logged]
+    assert steps == sorted(steps)                                                  # W&B drops what comes late
+    run("--wandb_project=mine", "--seed=3", "--resume=false")
+    assert starts[-1]["id"] is None and Path("out/wandb_id").read_text() == "id3"
+
+
+def test_samples_change_nothing_of_the_run(run, tmp_path, monkeypatch):
+    class Tracker(SimpleNamespace):
+        package, numbers, text, close = "json", lambda *args: None, lambda *args: texts.append(args[2]), lambda *args: None
+
+        def __init__(self, *args):
+            pass
+    texts = []
+    run("--dropout=0.2", at="without")
+    monkeypatch.setattr(report, "TensorBoard", Tracker)
+    run("--dropout=0.2", "--tensorboard", at="with")
+    assert len(texts) == 2 and all(texts)
+    mine, theirs = (contents(tmp_path / at) for at in ("with", "without"))
+    assert mine["metrics.jsonl"] == theirs["metrics.jsonl"]
+    mine, theirs = (load_checkpoint(tmp_path / at / "out/ckpt.pt") for at in ("with", "without"))
+    assert same(mine["model"], theirs["model"]) and same(mine["optimizer"], theirs["optimizer"])
+
+
+@pytest.mark.parametrize("flag, package", [("--tensorboard", "tensorboard"), ("--wandb_project=mine", "wandb")])
+def test_a_tracker_that_is_not_installed_is_named_before_training(refusal, monkeypatch, flag, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}, or leave it out" in refusal(flag)
+
+
+def test_a_tracker_that_is_there_but_fails_says_what_failed(refusal, monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("import no_such_thing")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "wandb, which does not import (ModuleNotFoundError: No module named 'no_such" in refusal("--wandb_project=x")
+
+
+def test_a_tracker_that_does_not_start_is_one_line(run, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured\nand more")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    result = run("--wandb_project=mine")
+    assert result.code == 2 and "W&B does not start (api_key not configured): run `wandb login`" in result.err.splitlines()[-1]
+
+
+def test_tensorboard_holds_the_records_of_metrics_jsonl(run, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setattr(train, "plot_losses", plot_losses)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run("--tensorboard")
+    run("--tensorboard")
+    events = EventAccumulator("out/tensorboard").Reload()
+    for key in ("loss", "grad_norm", "lr", "tokens", "val_loss", "bits_per_byte"):
+        theirs = [(event.step, event.value) for event in events.Scalars(key)]
+        mine = [(r["step"], r[key]) for r in records(tmp_path / "run") if key in r]
+        assert [value for _, value in sorted(set(theirs))] == pytest.approx([value for _, value in sorted(set(mine))], rel=1e-6)
+    assert len(events.Tensors("sample/text_summary")) == 2 and len(events.Images("loss_curve")) == 1
+
+
+def test_wandb_offline_takes_both_parts_of_a_resumed_run(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--wandb_project=mine").code == 143
+    time.sleep(1.1)                                                               # W&B names its folders by the second
+    assert run("--wandb_project=mine").code == 0
+    name = Path("out/wandb_id").read_text()
+    assert len(list(Path("out/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2

@@ -1,0 +1,61 @@
+"""support/speedups.py: each gives what the plain way gives, in values and gradients, and in less memory where it says so."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import LM, ModelConfig
+from support import speedups
+from support.speedups import Projection, linear_cross_entropy
+from test_model import TINY, Largest, close, same_numbers_every_time  # noqa: F401 (a fixture)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
+def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradients(chunk):
+    x, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (30, 128))
+    targets = torch.randint(70, (30,))                                           # the other 58 rows are padding
+    targets[[0, 7, 8, 29]] = -1
+    loss = linear_cross_entropy(x, weight, targets, 70, chunk=chunk)
+    wanted = F.cross_entropy(x @ weight[:70].T, targets, ignore_index=-1)
+    close(loss, wanted, 1e-12)
+    close(*(torch.autograd.grad(3 * z, (x, weight)) for z in (loss, wanted)), 1e-12)
+    assert linear_cross_entropy(x, weight, targets.clamp(max=-1), 70, chunk=chunk) == 0
+
+
+def test_no_more_than_one_chunk_of_logits_is_in_memory():
+    x, weight = (torch.randn(n, 8, requires_grad=True) for n in (4096, 512))
+    with Largest() as seen:
+        linear_cross_entropy(x, weight, torch.randint(512, (4096,)), 512, chunk=64).backward()
+    assert seen.elements <= 64 * 512                                             # and not 4096 * 512
+    lm, idx = LM(ModelConfig(**{**TINY, "vocab_size": 50257, "depth": 1})), torch.zeros(1, 2048, dtype=torch.long)
+    with Largest() as seen:
+        lm(idx, idx)[0].backward()
+    assert seen.elements <= 2 ** 25                                              # and not 2048 * 50257
+
+
+@pytest.mark.parametrize("shape, pieces", [((), 1), ((1, 1), 1), ((2, 4), 1), ((3, 3), 0), ((0, 3), 0)])
+def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape, pieces):
+    module, x = Projection(256, 1040), torch.randn(*shape, 256, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        y = module(x)
+    products = sum(event.name == "aten::bmm" for event in profile.events())
+    assert products == (pieces and torch.backends.mkl.is_available())
+    wanted = F.linear(x, module.weight)
+    close(y, wanted, 1e-5)
+    close(torch.compile(module, dynamic=False, fullgraph=True, backend="eager")(x), y, 1e-5)  # no graph breaks
+    close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
+
+
+def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
+    monkeypatch.setattr(speedups, "cuda_graph", lambda step, idx, state: lambda idx, _: ("recorded", state))
+    one, four = torch.zeros(2, 1), torch.zeros(2, 4)
+    fixed = speedups.recorded(lambda idx, state: ("read", [None, torch.zeros(3), 5]))
+    state, seen = None, []
+    for idx in (four, four, one, one, one):
+        said, state = fixed(idx, state)
+        seen.append(said)
+    assert seen == ["read", "read", "read", "recorded", "recorded"]
+    grows = speedups.recorded(lambda idx, state: ("read", [torch.zeros(len(state[0]) + 1)]))
+    state = [torch.zeros(1)]
+    for _ in range(4):
+        said, state = grows(one, state)
+        assert said == "read"
