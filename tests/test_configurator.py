@@ -296,6 +296,12 @@ def test_help_shows_doc_and_every_key_with_default_and_meaning(program):
     assert "  --dim=64                    width of the model (a whole number)\n" in out and "--fail=  " in out
 
 
+def test_help_of_a_program_in_a_package_shows_how_it_is_started():
+    root = Path(configurator.__file__).parent
+    out = subprocess.check_output([sys.executable, "-m", "experiments.recall", "--help"], cwd=root, text=True)
+    assert "usage: python -m experiments.recall [--key=value ...]" in out
+
+
 def test_help_wraps_to_the_terminal_and_shows_legal_values_and_comments_with_a_hash(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit) as stop:

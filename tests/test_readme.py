@@ -13,26 +13,25 @@ from pathlib import Path
 import pytest
 import yaml  # comes with datasets
 
-import bench
-import compare
 import configurator
 import eval
 import model
 import prepare
-import recall
 import sample
 import train
+from experiments import bench, compare, recall
 from test_sample import one_thread  # noqa: F401 (a fixture)
 from test_train import as_it_was  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,), "recall.py": (recall.RecallConfig,),
-           "sample.py": (sample.SampleConfig,),
+CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,), "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
-           "bench.py": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
-           "compare.py": (compare.CompareConfig,)}
-TEXTS = [README, *(path.read_text() for folder in (ROOT, ROOT / "config") for path in folder.glob("*.py"))]
+           "experiments.bench": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
+           "experiments.compare": (compare.CompareConfig,),
+           "experiments.recall": (recall.RecallConfig,)}
+FOLDERS = (ROOT, ROOT / "support", ROOT / "experiments")
+TEXTS = [README, *(path.read_text() for folder in (*FOLDERS, ROOT / "config") for path in folder.glob("*.py"))]
 PRESETS = re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE)
 
 
@@ -47,13 +46,13 @@ def test_every_command_shown_has_known_keys_and_legal_values(command, monkeypatc
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     program, *argv = words[next(i for i, word in enumerate(words) if word in CONFIGS):]
-    if program == "compare.py":                                                   # its arms are no config files
+    if program == "experiments.compare":                                                 # its arms are no config files
         compare.parse(argv)
     elif "--help" not in argv:
         configurator.configure(argv, *CONFIGS[program])
 
 
-@pytest.mark.parametrize("name, lines", re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", README, re.MULTILINE))
+@pytest.mark.parametrize("name, lines", re.findall(r"^\| \[([\w/]+\.py)\]\([\w/]+\.py\) \| (\d+) \|", README, re.MULTILINE))
 def test_the_line_counts_of_the_file_map_are_right_to_ten_percent(name, lines):
     assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 0.1 * int(lines)
 
@@ -69,7 +68,7 @@ def test_the_presets_have_the_parameters_of_the_table(config, millions, monkeypa
 
 
 ITEM = re.compile(r"^```python\n(?P<code>.*?)^```|^ {4}(?P<line>(?:python|torchrun|make|pip|source) [^\n]*)|`(?P<span>"
-                  r"(?:python|torchrun)\s[^`]*\.py[^`]*|(?:make|pip)\s[^`]+)`", re.MULTILINE | re.DOTALL)
+                  r"(?:python|torchrun)\s[^`]*(?:\.py|-m\sexperiments)[^`]*|(?:make|pip)\s[^`]+)`", re.MULTILINE | re.DOTALL)
 NOT_RUN = {"make test": "it is what runs this", "pip install": "needs the network", "source": "for the shell only"}
 MODEL = ["--dim=16", "--depth=2", "--n_heads=2"]
 CUT = {"prepare.py": ["--processes=1"],
@@ -77,11 +76,11 @@ CUT = {"prepare.py": ["--processes=1"],
                     "--eval_tokens=64", "--device=cpu", "--precision=fp32"],
        "sample.py": ["--max_new_tokens=5", "--device=cpu"],
        "eval.py": ["--device=cpu"],
-       "bench.py": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64",
+       "experiments.bench": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64",
                     "--device=cpu"],
-       "compare.py": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1", "--eval_tokens=64",
+       "experiments.compare": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1", "--eval_tokens=64",
                       "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
-       "recall.py": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
+       "experiments.recall": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
 
@@ -135,7 +134,7 @@ def reader(tmp_path, monkeypatch):
 
 def run(words, monkeypatch, capfd):
     """Runs a command, cut down: exit code and what it printed."""
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    at = next(i for i, word in enumerate(words) if word in CUT)
     program, flags = words[at], [*words[at + 1:], *CUT[words[at]]]
     given = " ".join(flags)
     if program == "prepare.py" and not re.search("tokenizer|verify|stdlib", given):
@@ -192,7 +191,8 @@ def messages(path):
 
 def test_the_messages_of_the_troubleshooting_table_are_those_of_the_programs():
     section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
-    texts = "\n".join(text for path in ROOT.glob("*.py") for text in messages(path))
+    texts = "\n".join(text for folder in FOLDERS for path in folder.glob("*.py")
+                      for text in messages(path))
     shown = re.findall("`(.+?)`", "".join(re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)))
     assert len(shown) > 20
     assert [message for message in shown if not re.search(".*".join(map(re.escape, message.split("..."))), texts)] == []
