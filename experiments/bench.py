@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked, state_bytes
+from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked, normalised, state_bytes
 from checkpoint import load_checkpoint, load_model
 from train import TrainConfig, evaluate
 
@@ -139,13 +139,12 @@ def decoding(config, past, B, bench, device, steps=32):
 
 
 def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=False):
-    """The operation as the linear mixer runs it: the feature map and the form that is fastest here."""
+    """The operation as the linear mixer runs it: the feature map and the chunked form."""
     phi = FEATURE_MAPS[feature_map]
-    expand = phi if phi.kernel else None
-    if expand is None:
-        q, k = phi.phi(q), phi.phi(k)
-    form = kernels.linear_attention_triton if kernels.available(q, v, expand) else linear_attention_chunked
-    return form(q, k, v, log_decay, beta, expand=expand, divide_by=normalise)[0]
+    q, k, *_ = phi.pairs(q, k, None)
+    if normalise:
+        return normalised(linear_attention_chunked, q, k, v, q, k, chunk_size=64, scores=phi.scores)[0]
+    return linear_attention_chunked(q, k, v, log_decay, beta)[0]
 
 
 def operations(T, bench, device):

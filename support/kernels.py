@@ -490,52 +490,33 @@ class _Eager(torch.autograd.Function):
 # The operation, as model.py calls it
 
 
-def check_shapes(q, k, v, log_decay, beta, state, divide_by, expand=None, chunk_size=64):
-    """The state's shape (B,H,K,V), V+1 with divide_by. ValueError that names the argument which does not fit q.
-
-    The contract is model.py's (_form); its check is here because model.py imports this file, and both call it.
-    """
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    (*steps, d), V = q.shape, v.shape[-1]                                         # steps (B,H,T)
-    K = d if expand is None else expand.phi(q.new_empty(1, d)).shape[-1]
-    wanted = (*steps[:2], K, V + (divide_by is not False))
-    qz, kz = (None, None) if isinstance(divide_by, bool) else divide_by
-    for name, x, shape in (("k", k, (*steps, d)), ("v", v, (*steps, V)), ("log_decay", log_decay, (*steps,)),
-                           ("beta", beta, (*steps,)), ("state", state, wanted), ("divide_by[0]", qz, (*steps, d)),
-                           ("divide_by[1]", kz, (*steps, d))):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
-    if beta is not None and divide_by is not False:
-        raise ValueError("divide_by needs a sum of weights, and with beta there is none")
-    return wanted
-
-
-def available(q, v, expand=None):
+def available(q, v):
     """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, widths where they are fast."""
-    K = q.shape[-1] if expand is None else expand.phi(torch.empty(1, q.shape[-1], device="meta")).shape[-1]
     return (triton is not None and q.is_cuda and torch.version.hip is None
-            and torch.cuda.get_device_capability(q.device) >= (8, 0) and K <= 128 and v.shape[-1] <= 256
+            and torch.cuda.get_device_capability(q.device) >= (8, 0)
+            and q.shape[-1] <= 128 and v.shape[-1] <= 256
             and q.dtype in (torch.bfloat16, torch.float16, torch.float32))
 
 
-def linear_attention_triton(q, k, v, log_decay=None, beta=None, state=None, *, expand=None, divide_by=False,
-                            chunk_size=64):
-    """linear_attention_chunked of model.py, whose contract (_form) holds, in 3 to 6 kernels: O(T C) work, O(T) memory.
+def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=64):
+    """model.linear_attention_chunked, unchecked, in 3 to 6 kernels: O(T C) work, O(T) memory.
 
-    Args: as _form, with K and V up to 256; views that are not contiguous cost no copy if their last dimension is dense.
-    Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32, one column more with divide_by.
-    Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
+    Args: as there, with K and V up to 256; views that are not contiguous cost no copy if their last dimension is dense.
+    Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32.
     """
-    norm, others = divide_by is not False, not isinstance(divide_by, bool)        # torch 2.11 traces no bool(tuple)
-    if expand is not None:
-        q, k = expand.phi(q), expand.phi(k)
-        divide_by = tuple(map(expand.phi, divide_by)) if others else divide_by
-    B, H, K, columns = check_shapes(q, k, v, log_decay, beta, state, divide_by, chunk_size=chunk_size)
-    qz, kz = divide_by if others else (None, None)
-    pad = -K % 16                                                                 # aligned rows load 16 bytes at once
+    return _run(q, k, v, log_decay, beta, None, None, state, v.shape[-1], False, chunk_size)
+
+
+def normalised_linear_attention(q, k, v, q_sum, k_sum, log_decay=None, state=None, chunk_size=64):
+    """model.normalised of the chunked form, unchecked, in one pass. The state (B,H,K,V+1) has the column of the sums."""
+    own = q_sum is q and k_sum is k
+    qz, kz = (None, None) if own else (q_sum, k_sum)
+    return _run(q, k, v, log_decay, None, qz, kz, state, v.shape[-1] + 1, True, chunk_size)
+
+
+def _run(q, k, v, log_decay, beta, qz, kz, state, columns, norm, chunk_size):
+    B, H, _, K = q.shape
+    pad = -K % 16                                                     # aligned rows load 16 bytes at once
     if pad:
         q, k, qz, kz = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, qz, kz))
     g, b = (x if x is None else x.float().contiguous() for x in (log_decay, beta))

@@ -101,7 +101,7 @@ def compile_blocks(model, wanted, device):
         return
     for block in model.blocks:
         block.compile(dynamic=False)
-    model.softmax_loss = torch.compile(model.softmax_loss, dynamic=False)
+    model.softmax_loss.compile(dynamic=False)
 
 
 def peak_memory(device):

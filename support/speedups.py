@@ -1,85 +1,131 @@
-"""The same numbers in plain PyTorch, faster or in less memory: the loss without all of its logits, a window in blocks,
-what is recomputed for backward, products of few rows, decoding as one CUDA graph.
+"""What model.py does, faster or in less memory, in plain PyTorch: nothing here is needed to understand it.
 
-Each function here gives what a plainer one would; the tests say so.
+Each function names what it equals: checkpointed(f, *x) is f(*x), project(x, W) is F.linear(x, W), window_attention and
+cached_attention are model.naive_softmax_attention, linear_cross_entropy is LM.naive_loss, recorded(step) is step. The
+tests hold each against it.
 """
-import functools
+import contextlib
 import math
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from support.kernels import linear_attention_triton
+from support import kernels
 
-MKL = torch.backends.mkl.is_available()                                           # not asked where torch.compile looks
+MKL = torch.backends.mkl.is_available()  # asked once: the question breaks a graph of torch.compile
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# Mixers
 
 
-def checkpointed(attend):
-    """attend(mixer, form, *tensors) with activation checkpointing: its results on the way are remade for backward.
+def checkpointed(attend, q, k, v, *others):
+    """attend(q, k, v, *others), with what it computes on the way recomputed for the backward pass.
 
-    They are cheap, and large to store. The kernels do so themselves, and so does a compiler.
+    The kernels do so themselves, and so does a compiler.
     """
-    @functools.wraps(attend)
-    def run(mixer, form, *tensors):
-        if form is linear_attention_triton or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return attend(mixer, form, *tensors)
-        return checkpoint(attend, mixer, form, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return run
+    recomputed_anyway = torch.compiler.is_compiling() or kernels.available(q, v)
+    if recomputed_anyway or not torch.is_grad_enabled():
+        return attend(q, k, v, *others)
+    return checkpoint(attend, q, k, v, *others, use_reentrant=False, preserve_rng_state=False)
 
 
-def window_attention(q, k, v, w, past):
-    """Blocks of n queries, each beside the w keys before it and its own n keys. Missing keys are zeros, masked."""
-    T, n = q.shape[2], min(w, q.shape[2])
-    k, v = (F.pad(part, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for part in (k, v))     # (B,H,N,w+n,d)
-    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n))                         # (B,H,N,n,d)
+def project(x, W):
+    """x W^T. For few rows it is bound by reading W.
+
+    MKL has a path of its own for them, which reads with one core and not at its full speed. As a batched product of 16
+    pieces of W, base's output projection of one token takes 2.5 ms instead of 6.8 on two cores.
+    """
+    rows = x.shape[:-1].numel()
+    pieces = 16
+    few_rows_of_much = 0 < rows <= 8 and W.numel() >= 2**18 and len(W) % pieces == 0
+    by_mkl = W.is_cpu and W.dtype == torch.float32 and MKL
+    if not (few_rows_of_much and by_mkl) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, W)
+    x_T = x.reshape(rows, -1).T.expand(pieces, -1, -1)                # (16,in,rows)
+    y = torch.bmm(W.unflatten(0, (pieces, -1)), x_T)                  # (16,out/16,rows)
+    return y.flatten(0, 1).T.reshape(*x.shape[:-1], -1)
+
+
+def window_attention(q, k, v, w):
+    """Softmax attention over the last w tokens, O(T w): blocks of n queries, each beside its own n keys and the w before.
+
+    Args: q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d). Keys before the first token are zeros, hidden.
+    """
+    T = q.shape[2]
+    past = k.shape[2] - T
+    n = min(w, T)
+    blocks = [F.pad(x, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for x in (k, v)]
+    k, v = (x.flatten(0, 1) for x in blocks)                          # (B H,N,w+n,d)
+    B, H = q.shape[:2]
+    q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n)).flatten(0, 1)  # (B H,N,n,d)
     key = torch.arange(w + n, device=q.device)
-    age = torch.arange(n, device=q.device)[:, None] + w - key                     # (n,w+n), 0 is the token itself
-    first = torch.arange(0, T, n, device=q.device)[:, None, None]                 # (N,1,1)
-    mask = (0 <= age) & (age < w) & (first + key >= w - past)                     # (N,n,w+n)
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
-    return y.unflatten(0, v.shape[:2]).flatten(2, 3)[:, :, :T]
+    age = torch.arange(n, device=q.device)[:, None] + w - key         # (n,w+n), 0 is the token itself
+    block_start = torch.arange(0, T, n, device=q.device)[:, None, None]
+    exists = block_start + key >= w - past                            # (N,1,w+n)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=(0 <= age) & (age < w) & exists)
+    return y.unflatten(0, (B, H)).flatten(2, 3)[:, :, :T]
+
+
+def cached_attention(q, k, v):
+    """Causal softmax attention of q (B,H,T,d), the last T tokens, over all of k and v (B,H,past+T,d)."""
+    T, tokens = q.shape[2], k.shape[2]
+    mask = None
+    if T > 1:
+        mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril(tokens - T)
+    # On a GPU cuDNN would plan each new length for 60 ms; on a CPU the choice itself costs a sixth of a small step.
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
 
-def softmax_loss(logits, targets, vocab_size, with_grad):
-    """Summed cross-entropy of logits (rows,vocab or more), and its gradient in their dtype; -1 doesn't count."""
-    dtype, counted = logits.dtype, (targets >= 0)[:, None]
-    targets = targets.clamp(min=0)[:, None]
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
-    logits[:, vocab_size:] = -math.inf                                            # padding is no token
-    log_z = logits.logsumexp(-1, keepdim=True)
-    losses = (log_z - logits.gather(1, targets)) * counted
-    if not with_grad:
-        return losses.sum(), None
-    p = (logits - log_z).exp_().mul_(counted).to(dtype)
-    return losses.sum(), p.scatter_(1, targets, torch.expm1(-losses).to(dtype))  # p - 1 at the target, rounded once
+class SoftmaxLoss(nn.Module):
+    """Summed cross-entropy of logits (rows,vocab_size or more), and its gradient in their dtype. Targets below 0 do not
+    count, columns from vocab_size on are no tokens. A module, so that it can be compiled as the blocks are."""
+
+    def forward(self, logits, targets, vocab_size, with_grad):
+        dtype = logits.dtype
+        counted = (targets >= 0)[:, None]
+        targets = targets.clamp(min=0)[:, None]
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        logits[:, vocab_size:] = -math.inf
+        log_z = logits.logsumexp(-1, keepdim=True)
+        losses = (log_z - logits.gather(1, targets)) * counted
+        if not with_grad:
+            return losses.sum(), None
+        p = (logits - log_z).exp_().mul_(counted).to(dtype)
+        p_minus_one = torch.expm1(-losses).to(dtype)                  # at the target, rounded once
+        return losses.sum(), p.scatter_(1, targets, p_minus_one)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient of each chunk is taken while its logits are there, so backward costs no second product with W."""
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of each chunk is taken while its logits are there, so backward needs no second product with W."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, softmax_loss, chunk, with_grad):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, count, loss = weight.to(dtype), (targets >= 0).sum().clamp(min=1), 0.0
+        w = weight.to(dtype)
+        count = (targets >= 0).sum().clamp(min=1)
+        loss = 0.0
         if with_grad:
-            grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+            grad_x = torch.empty_like(x)
+            grad_w = torch.zeros_like(weight)
         for start in range(0, len(x), chunk):
-            part = x[start:start + chunk].to(dtype)
-            part_loss, grad = softmax_loss(part @ w.T, targets[start:start + chunk], vocab_size, with_grad)
+            rows = slice(start, start + chunk)
+            part = x[rows].to(dtype)
+            part_loss, grad = softmax_loss(part @ w.T, targets[rows], vocab_size, with_grad)
             loss = loss + part_loss
-            if with_grad:                                                         # grad (chunk,vocab)
-                grad_x[start:start + chunk] = grad @ w
+            if with_grad:                                             # grad (chunk,vocab)
+                grad_x[rows] = grad @ w
                 grad_w += grad.T @ part
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, count)
@@ -91,58 +137,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss=softmax_loss, chunk=None):
+def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=None):
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
-    Args: x (rows,dim); weight (vocab_size or more,dim), rows past the vocabulary are padding; targets (rows,), of which
-      -1 is not counted; softmax_loss, or a compiled one; chunk, rows at once: 512 MB of bf16 on a GPU, 128 of fp32.
+    Args: x (rows,D); weight (vocab_size or more,D), rows from vocab_size on are padding; targets (rows,), of which
+      those below 0 do not count; softmax_loss, a SoftmaxLoss; chunk, rows at once: 512 MB of bf16 on a GPU, 128 of fp32.
     """
-    chunk = chunk or max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
-    return _LinearCrossEntropy.apply(x, weight, targets, vocab_size, softmax_loss, chunk, torch.is_grad_enabled())
+    if chunk is None:
+        chunk = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
+    return LinearCrossEntropy.apply(x, weight, targets, vocab_size, softmax_loss, chunk, torch.is_grad_enabled())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
-class Projection(torch.nn.Linear):
-    """x W^T, without a bias.
-
-    For few tokens it is bound by reading W. MKL has a path of its own for them, which reads with one core and not at
-    its full speed; as a batched product of 16 pieces of W, base's output projection of one token takes 2.5 ms instead
-    of 6.8 on two cores.
-    """
-
-    def __init__(self, width_in, width_out):
-        super().__init__(width_in, width_out, bias=False)
-
-    def forward(self, x):
-        rows, pieces, W = x.shape[:-1].numel(), 16, self.weight
-        few_read_much = 0 < rows <= 8 and W.numel() >= 2**18 and len(W) % pieces == 0
-        by_mkl = W.is_cpu and W.dtype == torch.float32 and MKL
-        if not (few_read_much and by_mkl) or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, W)
-        x_T = x.reshape(rows, -1).T.expand(pieces, -1, -1)                        # (16,in,rows)
-        y = torch.bmm(W.unflatten(0, (pieces, -1)), x_T)                          # (16,out/16,rows)
-        return y.flatten(0, 1).T.reshape(*x.shape[:-1], -1)
-
-
 def recorded(step):
-    """step(idx, state) -> (logits, state), a CUDA graph once a step of one token left the shapes of its state alone."""
+    """step(idx, state) -> (logits, state), as a CUDA graph once a step of one token left the shapes of its state alone."""
     graph = None
-
-    def shapes(state):
-        return [x.shape for x in tree_leaves(state) if torch.is_tensor(x)]
 
     def run(idx, state):
         nonlocal graph
         if graph is not None:
             return graph(idx, state)
         logits, after = step(idx, state)
-        if idx.shape[1] == 1 and shapes(after) == shapes(state):
+        if idx.shape[1] == 1 and recordable(idx, state, after):
             graph = cuda_graph(step, idx, after)
         return logits, after
     return run
+
+
+def recordable(idx, state, after):
+    """Whether a graph may repeat a step from state to after: all of it tensors on the device, of the same shapes.
+
+    A graph freezes what is no tensor: a state that holds a number would be decoded wrongly, without a word.
+    """
+    old, new = tree_leaves(state), tree_leaves(after)
+    tensors = [x for x in new if x is not None]
+    if not all(torch.is_tensor(x) and x.device == idx.device for x in tensors):
+        return False
+    return [getattr(x, "shape", None) for x in old] == [getattr(x, "shape", None) for x in new]
 
 
 def cuda_graph(step, idx, state):

@@ -7,7 +7,6 @@ import cmath
 import dataclasses
 import itertools
 import math
-import pydoc
 import random
 import re
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from configurator import read_config_file
-from model import FEATURE_MAPS, LM, ModelConfig, choose, rope_table, rotate, softmax_attention
-from support import kernels
+from model import (FEATURE_MAPS, LM, ModelConfig, choose, naive_softmax_attention, normalised, rope_table, rotate,
+                   softmax_attention)
 
 
 def chunked(size):
@@ -94,30 +93,39 @@ def test_every_form_is_the_recurrence_written_by_hand(rule, state, float64):
         close(form(**x), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("expand", [None, TAYLOR], ids=["", "taylor"])
 @pytest.mark.parametrize("state", [False, True], ids=["", "state"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 200])
-def test_quadratic_recurrent_and_chunked_agree_in_values_state_and_all_gradients(T, rule, state, expand):
-    x = operands(T, rule, state, B=1, features=15 if expand else None)           # 1 + 4 + 4 * 5 / 2 = 15
-    if expand and "delta" in rule:                                               # |phi(k)|^2 = 2.1 needs smaller steps
-        x["beta"] = (x["beta"] * 0.3).detach().requires_grad_()
-    results = {}
-    for name, form in FORMS.items():
-        y, S = form(**x, expand=expand)
-        weigh = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        gradients = torch.autograd.grad((y * weigh).sum() + S.square().sum(), list(x.values()))
-        results[name] = (y, S, *gradients)
+def test_quadratic_recurrent_and_chunked_agree_in_values_state_and_all_gradients(T, rule, state):
+    x = operands(T, rule, state, B=1)
+    results = {name: values_and_gradients(form, x) for name, form in FORMS.items()}
     for result in results.values():
         close(result, results["recurrent"], 1e-10)
 
 
-@pytest.mark.parametrize("expand", [None, TAYLOR], ids=["", "taylor"])
+def values_and_gradients(form, x):
+    y, S = form(**x)
+    weigh = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return y, S, *torch.autograd.grad((y * weigh).sum() + S.square().sum(), list(x.values()))
+
+
+@pytest.mark.parametrize("rule", ["plain", "decay"])
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_scores_from_the_kernel_of_a_map_equal_the_products_of_its_features(size, rule):
+    x = operands(70, rule, B=1, features=15)                                     # 1 + 4 + 4 * 5 / 2 = 15
+
+    def attend(form, options):
+        return lambda q, k, **others: form(TAYLOR.phi(q), TAYLOR.phi(k), **others, **options)
+    wanted = values_and_gradients(attend(model.linear_attention_recurrent, {}), x)
+    by_scores = attend(model.linear_attention_chunked, dict(chunk_size=size, scores=TAYLOR.scores))
+    close(values_and_gradients(by_scores, x), wanted, 1e-10)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", ["quadratic", "recurrent", "chunked by 7"])
-def test_gradients_are_the_slopes(form, rule, expand):
-    x = operands(9, rule, K=2, V=2, B=1, H=1, features=6 if expand else None)
-    assert torch.autograd.gradcheck(lambda *xs: FORMS[form](**dict(zip(x, xs)), expand=expand), tuple(x.values()))
+def test_gradients_are_the_slopes(form, rule):
+    x = operands(9, rule, K=2, V=2, B=1, H=1)
+    assert torch.autograd.gradcheck(lambda *xs: FORMS[form](**dict(zip(x, xs))), tuple(x.values()))
 
 
 @pytest.mark.parametrize("others", [False, True], ids=["own weights", "other weights"])
@@ -126,7 +134,7 @@ def test_gradients_of_the_sum_normaliser_are_the_slopes(form, others):
     form = FORMS.get(form, model.linear_attention_bidirectional)
     q, k, v, q2, k2 = (torch.rand(1, 1, 9, 2, dtype=torch.float64, requires_grad=True) for _ in range(5))
     assert torch.autograd.gradcheck(
-        lambda q, k, v, q2, k2: form(q, k, v, divide_by=(q2, k2) if others else True), (q, k, v, q2, k2))
+        lambda q, k, v, q2, k2: normalised(form, q, k, v, *((q2, k2) if others else (q, k))), (q, k, v, q2, k2))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -143,18 +151,29 @@ def test_any_split_over_calls_equals_one_call(form, rule):
         close((torch.cat(ys, dim=2), state), (wanted, wanted_state), 1e-10)
 
 
+@pytest.mark.parametrize("reset", [-math.inf, -1e30, -1e4, -104.0, -90.0])
+@pytest.mark.parametrize("rule", ["decay", "decay delta"])
 @pytest.mark.parametrize("form", FORMS)
-def test_extreme_decay_and_inputs_give_no_nan_and_the_right_values(form):
-    for rule in ("decay", "decay delta"):
-        x = operands(200, rule, dtype=torch.float32)
-        steps = torch.tensor([-1e4, -50.0, 0.0, -1e-6])
-        x["log_decay"] = steps[torch.randint(4, (2, 2, 200))].requires_grad_()
-        x["q"], x["v"] = (1e4 * x["q"]).detach().requires_grad_(), (1e4 * x["v"]).detach().requires_grad_()
-        y, S = FORMS[form](**x)
-        for gradient in torch.autograd.grad(y.sum() + S.sum(), list(x.values())):
-            assert gradient.isfinite().all()
-        wanted, _ = FORMS["recurrent"](**{name: value.double() for name, value in x.items()})
-        close(y.double() / wanted.std(), wanted / wanted.std(), 1e-2)            # sums of g lose digits after -1e4
+def test_a_decay_that_leaves_nothing_is_a_reset_and_costs_its_neighbours_no_digits(form, rule, reset):
+    x = operands(200, rule, dtype=torch.float32)
+    steps = torch.tensor([reset, -0.1, 0.0, -1e-6, -3.0, -0.5])
+    x["log_decay"] = steps[torch.randint(6, (2, 2, 200))].requires_grad_()
+    y, S = FORMS[form](**x)
+    for gradient in torch.autograd.grad(y.sum() + S.sum(), list(x.values())):
+        assert gradient.isfinite().all()
+    exact = {name: value.detach().double() for name, value in x.items()}
+    wanted, wanted_state = model.linear_attention_recurrent(**exact)
+    close(y.double(), wanted, 1e-4)
+    close(S.double(), wanted_state, 1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_before_a_reset_is_forgotten_exactly(form):
+    x = {name: value.detach() for name, value in operands(100, "decay").items()}
+    x["log_decay"][:, :, 37] = -math.inf
+    alone, S = FORMS[form](**{name: value[:, :, 37:] for name, value in x.items() if name != "state"})
+    y, state = FORMS[form](**x)
+    close((y[:, :, 37:], state), (alone, S), 1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -186,20 +205,20 @@ def test_decay_zero_is_no_decay_exactly(form):
             assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("weights", ["q and k", "another pair", "taylor"])
+@pytest.mark.parametrize("weights", ["q and k", "another pair"])
 @pytest.mark.parametrize("form", FORMS)
-def test_divide_by_is_a_column_of_ones_and_a_division_over_any_split(form, weights):
+def test_the_sum_normaliser_is_what_values_of_one_read_over_any_split(form, weights):
     x = {name: value.detach().abs() for name, value in operands(70, state=False, K=4).items()}
-    x["log_decay"] = -torch.rand(2, 2, 70).double()
-    by = [torch.rand(2, 2, 70, 4).double() for _ in "qk"] if weights == "another pair" else [x["q"], x["k"]]
-    expand = TAYLOR if weights == "taylor" else None
-    y, S = FORMS[form](**x, expand=expand)
-    z, Z = FORMS[form](*by, torch.ones(2, 2, 70, 1).double(), x["log_decay"], expand=expand)
-    wanted, state, ys = (y / (z + 1e-6), torch.cat([S, Z], dim=-1)), None, []
+    q, k, v = x.values()
+    g = -torch.rand(2, 2, 70).double()
+    q_sum, k_sum = (q, k) if weights == "q and k" else (torch.rand_like(q), torch.rand_like(k))
+    y, S = FORMS[form](q, k, v, g)
+    sums, Z = FORMS[form](q_sum, k_sum, torch.ones_like(v[..., :1]), g)
+    wanted, state, ys = (y / (sums + 1e-6), torch.cat([S, Z], dim=-1)), None, []
     for part in (slice(0, 66), slice(66, 70)):
-        q, k, v, g, *other = (a[:, :, part] for a in [*x.values(), *by])
-        pair = other if weights == "another pair" else True
-        y, state = FORMS[form](q, k, v, g, state=state, expand=expand, divide_by=pair)
+        q_part, k_part, v_part, g_part, *pair = (a[:, :, part] for a in (q, k, v, g, q_sum, k_sum))
+        pair = (q_part, k_part) if weights == "q and k" else pair
+        y, state = normalised(FORMS[form], q_part, k_part, v_part, *pair, g_part, state)
         ys.append(y)
     close((torch.cat(ys, dim=2), state), wanted, 1e-10)
 
@@ -216,27 +235,17 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(name):
 @pytest.mark.parametrize("name, wrong", [
     ("q", dict(q=torch.rand(2, 5, 4))), ("q", dict.fromkeys("qkv", torch.rand(0, 2, 5, 4))),
     ("q", dict.fromkeys("qkv", torch.rand(2, 2, 0, 4))), ("k", dict(k=torch.rand(2, 5, 4))),
-    *((rf"divide_by\[{i}\]", dict(divide_by=[torch.rand(2, 2, 5, 4)] * i + [torch.rand(shape)] * (2 - i)))
-      for i in (0, 1) for shape in ((1, 2, 5, 4), (2, 1, 5, 4), (2, 2, 7, 4), (2, 2, 5, 3)))], ids=str)
+    *(("k", dict(k=torch.rand(shape))) for shape in ((1, 2, 5, 4), (2, 1, 5, 4), (2, 2, 7, 4), (2, 2, 5, 3)))], ids=str)
 def test_shapes_that_would_be_broadcast_or_break_inside_are_refused_by_name(name, wrong):
-    for form in (*FORMS.values(), model.linear_attention_bidirectional, kernels.linear_attention_triton):
+    for form in (*FORMS.values(), model.linear_attention_bidirectional):
         with pytest.raises(ValueError, match=rf"^{name} must "):
             form(**{**dict.fromkeys("qkv", torch.rand(2, 2, 5, 4)), **wrong})
 
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_chunk_of_no_tokens_is_refused(size):
-    for form in (model.linear_attention_chunked, kernels.linear_attention_triton):
-        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
-            form(*[torch.rand(2, 2, 5, 4)] * 3, chunk_size=size)
-
-
-@pytest.mark.parametrize("form", [model.linear_attention_chunked, model.linear_attention_quadratic])
-def test_the_help_of_a_form_has_its_contract_and_all_its_arguments(form):
-    text = pydoc.render_doc(form, renderer=pydoc.plaintext)
-    for said in ("expand=None", "divide_by=False", "q, k (B,H,T,K)", "Raises: ValueError", form.__doc__.split(":")[0]):
-        assert said in text
-    assert ("chunk_size=64" in text) == (form is model.linear_attention_chunked) and "options" not in text
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
+        model.linear_attention_chunked(*[torch.rand(2, 2, 5, 4)] * 3, chunk_size=size)
 
 
 @pytest.mark.parametrize("d", [2, 5, 16])
@@ -245,7 +254,7 @@ def test_taylor_features_multiply_to_its_kernel(d):
     q, k = torch.randn(2, 20, d, dtype=torch.float64)
     s = (q * k).sum(-1) / d ** 0.5
     close((TAYLOR.phi(q) * TAYLOR.phi(k)).sum(-1), 1 + s + s * s / 2, 1e-12)
-    close(TAYLOR.kernel((q * k).sum(-1), d), 1 + s + s * s / 2, 1e-12)
+    close(TAYLOR.scores(TAYLOR.phi(q), TAYLOR.phi(k)).diagonal(), 1 + s + s * s / 2, 1e-12)
     assert TAYLOR.phi(q).shape[-1] == 1 + d + d * (d + 1) // 2
 
 
@@ -413,11 +422,12 @@ def test_blocks_compile_whole_to_the_same_loss(options):
 
 
 @pytest.mark.parametrize("mixers, depth, wanted", [
-    ("linear", 3, "Linear Linear Linear"), ("conv linear window", 4, "Conv Linear Softmax5 Conv"),
-    ("softmax,linear", 2, "Softmax Linear"), (["window", "conv"], 3, "Softmax5 Conv Softmax5")])
+    ("linear", 3, "Linear Linear Linear"), ("conv linear window", 4, "GatedConv Linear Softmax5 GatedConv"),
+    ("softmax,linear", 2, "Softmax Linear"), (["window", "conv"], 3, "Softmax5 GatedConv Softmax5")])
 def test_a_pattern_of_mixers_repeats_over_the_depth(mixers, depth, wanted):
     found = [block.mixer for block in tiny(mixers=mixers, depth=depth).blocks]
-    assert " ".join(f"{type(mixer).__name__}{getattr(mixer, 'window', None) or ''}" for mixer in found) == wanted
+    names = [type(mixer).__name__.replace("Attention", "") for mixer in found]
+    assert " ".join(f"{name}{getattr(mixer, 'window', None) or ''}" for name, mixer in zip(names, found)) == wanted
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
@@ -459,10 +469,21 @@ def test_a_window_sees_its_last_tokens_and_no_others(T):
     q, k, v = (torch.randn(2, 2, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     age = torch.arange(T)[:, None] - torch.arange(T)
     scores = (q @ k.mT / 2).masked_fill((age < 0) | (age >= 5), -math.inf)
-    y = softmax_attention(q, k, v, window=5)
     wanted = scores.softmax(-1) @ v
+    close(naive_softmax_attention(q, k, v, window=5), wanted, 1e-12)
+    y = softmax_attention(q, k, v, window=5)
     close(y, wanted, 1e-12)
     close(*(torch.autograd.grad(z.square().sum(), (q, k, v)) for z in (y, wanted)), 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("T, tokens", [(1, 1), (1, 9), (4, 9), (9, 9), (20, 31)])
+def test_fast_softmax_attention_is_the_naive_one_after_any_past(T, tokens, window):
+    q, k, v = (torch.randn(2, 2, n, 4, dtype=torch.float64) for n in (T, tokens, tokens))
+    close(softmax_attention(q, k, v, window=window), naive_softmax_attention(q, k, v, window=window), 1e-12)
+    if window is None and T == tokens:
+        both_ways = softmax_attention(q, k, v, causal=False)
+        close(both_ways, naive_softmax_attention(q, k, v, causal=False), 1e-12)
 
 
 class Largest(TorchDispatchMode):
@@ -595,7 +616,7 @@ def gated_deltanet(m, x):
     z = x @ m.qkv.weight.T
     z = [sum(m.conv.weight[i] * z[t - i] for i in range(min(4, t + 1))) for t in range(len(x))]
     z = torch.stack([a / (1 + (-a).exp()) for a in z])                           # SiLU
-    ys, K, V = [], m.config.head_dim("k"), m.config.head_dim("v")
+    ys, K, V = [], m.config.key_dim, m.config.value_dim
     for h in range(2):
         q, k, v = (part[:, h * part.shape[1] // 2:][:, :part.shape[1] // 2] for part in z.split([2 * K, 2 * K, 2 * V], dim=1))
         S, rows = torch.zeros(V, K), []
@@ -786,7 +807,7 @@ def test_a_text_of_no_tokens_and_a_state_without_an_order_in_time_are_refused():
     with pytest.raises(ValueError, match="at least one token"):
         tiny()(torch.zeros(1, 0, dtype=torch.long))
     lm, idx = tiny(causal=False), torch.zeros(1, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match="no state to go on from"):
+    with pytest.raises(ValueError, match="cannot continue a state"):
         lm(idx, state=lm(idx)[1])
 
 

@@ -101,7 +101,7 @@ def test_state_bytes_are_those_of_the_tensors_that_decoding_keeps(name, size):
 def test_states_have_the_published_size_but_for_the_inputs_that_convolutions_keep(name):
     """The published count: 3 inputs of the first convolution where we keep 2, and none of a delta rule's own."""
     config = FULL.config(name)
-    own = 3 * (2 * config.dim + config.n_heads * config.head_dim("v")) * 4 if config.short_conv else 0
+    own = 3 * (2 * config.dim + config.n_heads * config.value_dim) * 4 if config.short_conv else 0
     assert abs(recall.state_size(config) - own + config.dim * 4 - recall.PUBLISHED[name][0]) <= 0.02 * recall.PUBLISHED[name][0]
 
 

@@ -1,7 +1,8 @@
-"""Claims about support/kernels.py: on a GPU the Triton kernels are the operation that model.py defines, in values, states and
-all gradients, against the quadratic form in float64. With no GPU they are skipped, unless Triton interprets them:
+"""Claims about support/kernels.py: on a GPU the Triton kernels are the recurrence of model.py, in values, states and all
+gradients, against a loop over tokens in float64. With no GPU they are skipped, unless Triton interprets them:
     pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_support_kernels.py
 """
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import FEATURE_MAPS, linear_attention_quadratic
 from support import kernels
-from support.kernels import linear_attention_triton
+from support.kernels import linear_attention, normalised_linear_attention
 
-WIDTHS = [(16, 16), (64, 1), (153, 64), (80, 48), (256, 256)]
+WIDTHS = [(16, 16), (64, 1), (153, 64), (96, 192), (80, 48), (256, 256)]
 INTERPRETED = kernels.triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RULES = ["plain", "decay", "delta", "decay delta"]
+NORMALISERS = [None, "own", "other"]
 LIMIT = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 CHUNK = 16 if INTERPRETED else 64
 
@@ -32,36 +33,57 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
+def recurrence(q, k, v, log_decay=None, beta=None, state=None, q_sum=None, k_sum=None):
+    """The definition, token by token; q_sum and k_sum make the weights to divide by."""
+    S = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + (q_sum is not None)) if state is None else state
+    S, Z = (S, None) if q_sum is None else S.split([v.shape[3], 1], dim=-1)
+    ys = []
+    for t in range(q.shape[2]):
+        left = 1.0 if log_decay is None else log_decay[:, :, t, None, None].exp()
+        S, write = left * S, v[:, :, t, None]
+        if beta is not None:
+            write = beta[:, :, t, None, None] * (write - k[:, :, t, None] @ S)
+        S = S + k[:, :, t, :, None] * write
+        y = q[:, :, t, None] @ S
+        if q_sum is not None:
+            Z = left * Z + k_sum[:, :, t, :, None]
+            y = y / (q_sum[:, :, t, None] @ Z + 1e-6)
+        ys.append(y)
+    return torch.cat(ys, dim=2), S if Z is None else torch.cat([S, Z], dim=-1)
+
+
 def operands(T, rule="plain", normaliser=None, K=64, V=64, B=2, H=3, dtype=torch.float32, state=True):
-    """Random arguments by name; q, k, v are views of (B,T,H,.). "sum" divides by their weights, "rope" by others'."""
+    """Random arguments by name; q, k, v are views of (B,T,H,.). "own" and "other" weights are positive."""
     if INTERPRETED:
-        B, H, K, V = 1, 2, min(K, 20), min(V, 20)
+        B, H, K, V = 1, 2, min(K, 70), min(V, 70)
     x = {name: torch.randn(B, T, H, width).transpose(1, 2) for name, width in (("q", K), ("k", K), ("v", V))}
-    if normaliser == "sum":
+    if normaliser == "own":
         x["q"], x["k"] = F.elu(x["q"]) + 1, F.elu(x["k"]) + 1
-    if normaliser == "rope":
-        x["q2"], x["k2"] = torch.rand(B, H, T, K), torch.rand(B, H, T, K)
+    if normaliser == "other":
+        x["q_sum"], x["k_sum"] = torch.rand(B, H, T, K), torch.rand(B, H, T, K)
     x = {name: value.to(dtype) for name, value in x.items()}
     if "decay" in rule:
         x["log_decay"] = -0.2 * torch.rand(B, H, T)
     if "delta" in rule:
-        x["k"], x["beta"] = F.normalize(x["k"], dim=-1), torch.rand(B, H, T)
+        x["k"], x["beta"] = F.normalize(x["k"], dim=-1), 2 * torch.rand(B, H, T)
     if state:
         x["state"] = torch.rand(B, H, K, V + (normaliser is not None))
     return {name: value.to(DEVICE).detach().requires_grad_() for name, value in x.items()}
 
 
 def call(form, x, normaliser=None, **options):
-    x = dict(x)
-    others = x.pop("q2", None), x.pop("k2", None)
-    return form(**x, divide_by={None: False, "sum": True, "rope": others}[normaliser], **options)
+    """form is the kernels' or the recurrence."""
+    own = dict(q_sum=x["q"], k_sum=x["k"]) if normaliser == "own" else {}
+    if form == "kernels":
+        form = linear_attention if normaliser is None else normalised_linear_attention
+    return form(**x, **own, **options)
 
 
-def compare(x, limit, normaliser=None, chunk_size=CHUNK, **options):
-    """Relative errors of y, the state and every gradient against the quadratic form in float64 stay below limit."""
+def compare(x, limit, normaliser=None, chunk_size=CHUNK):
+    """Relative errors of y, the state and every gradient against the recurrence in float64 stay below limit."""
     exact = {name: value.detach().double().requires_grad_() for name, value in x.items()}
-    got = call(linear_attention_triton, x, normaliser, chunk_size=chunk_size, **options)
-    wanted = call(linear_attention_quadratic, exact, normaliser, **options)
+    got = call("kernels", x, normaliser, chunk_size=chunk_size)
+    wanted = call(recurrence, exact, normaliser)
     assert got[0].dtype == x["q"].dtype and got[1].dtype == torch.float32
     weights = [torch.randn_like(y) for y in got]
     got += torch.autograd.grad(got, list(x.values()), weights)
@@ -78,7 +100,7 @@ def compare(x, limit, normaliser=None, chunk_size=CHUNK, **options):
 @runs
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("T", [1, 17, 40] if INTERPRETED else [1, 63, 64, 65, 127, 200])
-def test_values_state_and_all_gradients_are_those_of_the_quadratic_form(T, rule):
+def test_values_state_and_all_gradients_are_those_of_the_recurrence(T, rule):
     compare(operands(T, rule), LIMIT[torch.float32])
 
 
@@ -99,18 +121,19 @@ def test_half_precision_inputs_cost_only_their_rounding(T, rule, dtype):
 
 @runs
 @pytest.mark.parametrize("rule", ["plain", "decay"])
-@pytest.mark.parametrize("normaliser", ["sum", "rope"])
+@pytest.mark.parametrize("normaliser", ["own", "other"])
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
-def test_the_sum_normaliser_is_divided_by_and_differentiated(dtype, normaliser, rule):
+def test_the_sum_of_weights_is_divided_by_and_differentiated(dtype, normaliser, rule):
     compare(operands(33 if INTERPRETED else 200, rule, normaliser, dtype=dtype), LIMIT[dtype], normaliser)
 
 
 @runs
-@pytest.mark.parametrize("K, V", [(3, 5), (20, 1)] if INTERPRETED else WIDTHS)
+@pytest.mark.parametrize("K, V", [(3, 5), (70, 1), (1, 70)] if INTERPRETED else WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
 def test_any_width_up_to_256(dtype, K, V):
     T = 18 if INTERPRETED else 130
-    compare(operands(T, "decay", "sum", K, V, dtype=dtype), LIMIT[dtype], "sum")
+    compare(operands(T, "decay", "own", K, V, dtype=dtype), LIMIT[dtype], "own")
+    compare(operands(T, "decay", "other", K, V, dtype=dtype), LIMIT[dtype], "other")
     compare(operands(T, "decay delta", None, K, V, dtype=dtype), LIMIT[dtype])
 
 
@@ -121,35 +144,56 @@ def test_the_chunk_size_changes_nothing(chunk_size):
 
 
 @runs
-@pytest.mark.parametrize("normaliser", [None, "sum", "rope"])
-def test_a_feature_map_with_a_kernel_is_expanded(normaliser):
-    x = operands(20, "decay", normaliser, K=4)
-    x["state"] = torch.rand(*x["v"].shape[:2], 15, x["state"].shape[-1], device=DEVICE, requires_grad=True)
-    compare(x, LIMIT[torch.float32], normaliser, expand=FEATURE_MAPS["taylor"])
-
-
-@runs
-@pytest.mark.parametrize("normaliser, rule", [(None, "decay delta"), ("sum", "decay"), ("rope", "plain")])
+@pytest.mark.parametrize("normaliser, rule", [(None, "decay delta"), ("own", "decay"), ("other", "plain")])
 def test_any_split_over_calls_equals_one_call(normaliser, rule):
     x = {name: value.detach() for name, value in operands(40 if INTERPRETED else 130, rule, normaliser).items()}
     T = x["q"].shape[2]
-    wanted, wanted_state = call(linear_attention_triton, x, normaliser, chunk_size=CHUNK)
+    wanted, wanted_state = call("kernels", x, normaliser, chunk_size=CHUNK)
     ys, state = [], x.pop("state")
     for part in zip(*(value.split([1, 17, T - 18], dim=2) for value in x.values())):
-        y, state = call(linear_attention_triton, dict(zip(x, part), state=state), normaliser, chunk_size=CHUNK)
+        y, state = call("kernels", dict(zip(x, part), state=state), normaliser, chunk_size=CHUNK)
         ys.append(y)
     torch.testing.assert_close((torch.cat(ys, dim=2), state), (wanted, wanted_state), rtol=1e-4, atol=1e-4)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Any log decay <= 0
+
+
+@runs
+@pytest.mark.parametrize("reset", [-math.inf, -1e30, -1e4, -300.0, -100.0])
+@pytest.mark.parametrize("normaliser, rule", [(None, "decay"), (None, "decay delta"), ("own", "decay"),
+                                              ("other", "decay")])
+def test_a_reset_forgets_everything_before_it_and_costs_no_digits_after_it(normaliser, rule, reset):
+    x = operands(40 if INTERPRETED else 200, rule, normaliser)
+    log_decay = x["log_decay"].detach()
+    for t in (0, 5, 6, 15, 16, 33, -1):
+        log_decay[..., t] = reset
+    x["log_decay"] = log_decay.requires_grad_()
+    compare(x, LIMIT[torch.float32], normaliser)
+    y, S = call("kernels", x, normaliser, chunk_size=CHUNK)
+    gradient = torch.autograd.grad(y.sum() + S.sum(), x["log_decay"])[0]
+    assert gradient.isfinite().all()
+    if reset <= -300:
+        assert (gradient[log_decay == reset] == 0).all()
+
+
 @runs
 @pytest.mark.parametrize("rule", ["decay", "decay delta"])
-def test_extreme_decay_gives_no_nan(rule):
+@pytest.mark.parametrize("strong", [-20.0, -80.0, -87.0])
+def test_strong_decays_leave_all_digits_to_the_weak_ones_between_them(strong, rule):
     x = operands(40 if INTERPRETED else 200, rule)
-    steps = torch.tensor([-1e4, -50.0, 0.0, -1e-6], device=DEVICE)
-    x["log_decay"] = steps[torch.randint(4, x["log_decay"].shape, device=DEVICE)].requires_grad_()
-    y, S = linear_attention_triton(**x, chunk_size=CHUNK)
-    for result in (y, S, *torch.autograd.grad(y.sum() + S.sum(), list(x.values()))):
-        assert result.isfinite().all()
+    weak = torch.rand_like(x["log_decay"]) < 0.3
+    x["log_decay"] = torch.where(weak, x["log_decay"], strong).detach().requires_grad_()
+    compare(x, LIMIT[torch.float32])
+
+
+@runs
+def test_a_log_decay_that_is_no_number_is_not_hidden():
+    x = {name: value.detach() for name, value in operands(20, "decay").items()}
+    x["log_decay"][..., 3] = math.nan
+    y, S = call("kernels", x, chunk_size=CHUNK)
+    assert y[:, :, 4:].isnan().all() and S.isnan().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,20 +203,20 @@ def test_extreme_decay_gives_no_nan(rule):
 @runs
 def test_slices_of_one_projection_are_read_in_place():
     qkv = torch.randn(2, 40, 3, 2, 16, device=DEVICE, requires_grad=True)                   # (B,T,3,H,D)
-    y, _ = linear_attention_triton(*qkv.transpose(1, 3).unbind(2), chunk_size=CHUNK)         # 3 of (B,H,T,D)
-    wanted, _ = linear_attention_quadratic(*qkv.transpose(1, 3).unbind(2))
+    y, _ = linear_attention(*qkv.transpose(1, 3).unbind(2), chunk_size=CHUNK)               # 3 of (B,H,T,D)
+    wanted, _ = recurrence(*qkv.transpose(1, 3).unbind(2))
     gradient, wanted_gradient = (torch.autograd.grad(out.square().sum(), qkv)[0] for out in (y, wanted))
     torch.testing.assert_close((y, gradient), (wanted, wanted_gradient), rtol=1e-4, atol=1e-3)
     assert y.transpose(1, 2).is_contiguous()                                      # ready for the output projection
 
 
 @runs
-@pytest.mark.parametrize("normaliser, rule", [("sum", "plain"), ("rope", "plain"), (None, "decay delta")])
+@pytest.mark.parametrize("normaliser, rule", [("own", "plain"), ("other", "plain"), (None, "decay delta")])
 def test_torch_compile_takes_it_whole(normaliser, rule):
     x = operands(20 if INTERPRETED else 100, rule, normaliser)
 
     def step(x):
-        y, S = call(linear_attention_triton, x, normaliser)
+        y, S = call("kernels", x, normaliser)
         return y.sin(), S
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")):
@@ -182,16 +226,20 @@ def test_torch_compile_takes_it_whole(normaliser, rule):
         assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
-def test_shapes_that_do_not_fit_are_rejected():
-    q = torch.randn(1, 2, 5, 4)
-    for wrong in (dict(k=q[..., :3]), dict(v=q[:, :, :4]), dict(log_decay=q[..., 0, :]), dict(beta=q[..., 0, :]),
-                  dict(state=q), dict(state=torch.zeros(1, 2, 4, 4), divide_by=True),
-                  dict(beta=q[..., 0], divide_by=True)):
-        with pytest.raises(ValueError, match="must have shape|divide_by needs"):
-            linear_attention_triton(**{**dict(q=q, k=q, v=q), **wrong})
+@on_gpu
+@runs
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_under_autocast_everything_multiplied_has_its_dtype(normaliser):
+    x = operands(70, "plain", normaliser)
+    x["v"] = x["v"].detach().bfloat16().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y, S = call("kernels", x, normaliser)
+    assert y.dtype == torch.bfloat16 and S.dtype == torch.float32
+    gradients = torch.autograd.grad(y.float().sum() + S.sum(), list(x.values()))
+    assert [gradient.dtype for gradient in gradients] == [value.dtype for value in x.values()]
 
 
 def test_without_triton_it_imports_and_says_that_it_is_not_available():
-    script = "import sys; sys.modules['triton'] = None; import torch; from support import kernels; " \
+    script = "import sys; sys.modules['triton'] = None; from support import kernels; import torch; " \
              "x = torch.ones(1, 1, 1, 8); assert not kernels.available(x, x)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parents[1])

@@ -3,10 +3,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM, ModelConfig
+from model import LM, ModelConfig, Projection
 from support import speedups
-from support.speedups import Projection, linear_cross_entropy
+from support.speedups import SoftmaxLoss
 from test_model import TINY, Largest, close, same_numbers_every_time  # noqa: F401 (a fixture)
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size, chunk):
+    return speedups.linear_cross_entropy(x, weight, targets, vocab_size, SoftmaxLoss(), chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 30, 1000])
@@ -45,17 +49,24 @@ def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape,
     close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
 
 
-def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
+def run_recorded(monkeypatch, new_state, steps=5):
+    """Which of these steps, of four tokens first and then of one, replay a graph; each leaves new_state(state)."""
     monkeypatch.setattr(speedups, "cuda_graph", lambda step, idx, state: lambda idx, _: ("recorded", state))
-    one, four = torch.zeros(2, 1), torch.zeros(2, 4)
-    fixed = speedups.recorded(lambda idx, state: ("read", [None, torch.zeros(3), 5]))
+    step = speedups.recorded(lambda idx, state: ("read", new_state(state)))
     state, seen = None, []
-    for idx in (four, four, one, one, one):
-        said, state = fixed(idx, state)
+    for tokens in [4, 4] + [1] * (steps - 2):
+        said, state = step(torch.zeros(2, tokens), state)
         seen.append(said)
-    assert seen == ["read", "read", "read", "recorded", "recorded"]
-    grows = speedups.recorded(lambda idx, state: ("read", [torch.zeros(len(state[0]) + 1)]))
-    state = [torch.zeros(1)]
-    for _ in range(4):
-        said, state = grows(one, state)
-        assert said == "read"
+    return seen
+
+
+def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
+    fixed = run_recorded(monkeypatch, lambda state: [None, torch.zeros(3)])
+    assert fixed == ["read", "read", "read", "recorded", "recorded"]
+    growing = run_recorded(monkeypatch, lambda state: [torch.zeros(len(state[0]) + 1 if state else 1)])
+    assert set(growing) == {"read"}
+
+
+@pytest.mark.parametrize("part", [5, torch.zeros(1, device="meta")], ids=["number", "another device"])
+def test_a_state_with_what_a_graph_would_freeze_is_not_recorded(part, monkeypatch):
+    assert set(run_recorded(monkeypatch, lambda state: [torch.zeros(3), part])) == {"read"}
