@@ -139,7 +139,7 @@ def wanted_trackers(config):
 # Tables
 
 
-def show(cell):
+def short(cell):
     if isinstance(cell, (int, float)) and abs(cell) >= 100:
         return f"{cell:,.0f}"
     return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
@@ -149,7 +149,7 @@ def table(title, rows):
     """Prints rows (dicts with the same keys) as a Markdown table."""
     print(f"\n{title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
-        print(f"| {' | '.join(map(show, row.values()))} |")
+        print(f"| {' | '.join(map(short, row.values()))} |")
     sys.stdout.flush()
 
 
@@ -162,7 +162,7 @@ def spread(*columns):
 # Pictures
 
 
-def picture(path, draw, **panels):
+def picture(path, draw, told="wrote", **panels):
     """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so: no run fails."""
     try:
         import matplotlib
@@ -182,7 +182,7 @@ def picture(path, draw, **panels):
     except Exception as error:  # a backend, a font, a cache folder: each its own exception type
         say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {(str(error) or 'no word').splitlines()[0]})")
     else:
-        say(f"wrote {path}")
+        say(f"{told} {path}")
 
 
 def plot_losses(out_dir):
@@ -197,4 +197,4 @@ def plot_losses(out_dir):
         axes.set_title(title, parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
-    picture(out_dir / "loss.png", draw, figsize=(7, 4))
+    picture(out_dir / "loss.png", draw, told="loss curve:", figsize=(7, 4))
