@@ -82,8 +82,17 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_weights(model, checkpoint):
+    weights = checkpoint["model"]
+    if any(name.endswith(".mixer.both.weight") for name in weights):
+        raise UserError("the checkpoint has `conv` layers of an earlier version, which model.py no longer has (they are "
+                        "now as published): train it again")
+    for name, weight in model.state_dict().items():
+        if name.endswith(".mixer.conv.weight") and name not in weights:
+            # Softmax and window layers had no convolution whatever short_conv said: this one changes nothing.
+            weights[name] = torch.zeros_like(weight)
+            weights[name][0] = 1
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the checkpoint holds a model of another shape: "
                         f"{' '.join(str(error).split())[:200]}") from None

@@ -26,6 +26,7 @@ recurrent from chunk to chunk: O(T C), almost all of it matrix products, how the
 [6] Yang et al. 2025, Gated delta networks, 2412.06464
 [7] Su et al. 2021, RoFormer, 2104.09864
 [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
+[9] Grazzi et al. 2024, Unlocking state-tracking in linear RNNs through negative eigenvalues, 2411.12537
 """
 import functools
 import math
@@ -422,8 +423,9 @@ class ModelConfig:
     expand_v: float = 1.0          # linear: width of v per head, in units of dim / n_heads
     decay: Literal["none", "fixed", "gated"] = "none"  # linear: forget nothing, per head (RetNet), or as the data say
     delta: bool = False            # linear: delta rule, write v minus what the state already answers to k
+    beta_max: float = 1.0          # linear: largest write strength of the delta rule; 2 can flip a sign, to count
     normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
-    short_conv: bool = False       # linear: causal depthwise convolution over 4 tokens on q, k and v
+    short_conv: bool = False       # all but conv: causal depthwise convolution over 4 tokens on q, k and v
     output_gate: bool = False      # linear: multiply the output by SiLU of a projection of the input
     chunk_size: int = 64           # linear: tokens C in a chunk; the result depends on it by rounding only
     window: int = 64               # window: tokens each token sees, itself included
@@ -476,6 +478,24 @@ def split_heads(x, n_heads, widths):
 def merge_heads(y):
     """(B,H,T,V) -> (B,T,H V)."""
     return y.transpose(1, 2).flatten(2)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time: y_t = sum_i weight_i x_{t-i}. Its state is the last size-1 inputs."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-size ** -0.5, size ** -0.5))
+
+    def forward(self, x, state):                                      # x (B,T,channels)
+        T = x.shape[1]
+        past = len(self.weight) - 1
+        x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
+        if x.is_cpu and T > 1:
+            y = speedups.causal_conv(x, self.weight)                  # the sum below, in one pass
+        else:
+            y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
+        return y.to(x.dtype), x[:, T:].clone()                        # a view would keep all of x alive
 
 
 class LinearAttention(nn.Module):
@@ -532,7 +552,7 @@ class ExtendedLinearAttention(LinearAttention):
             self.decay = Projection(config.dim, H)
             step = torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)).exp()
             self.decay_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
-            self.log_A = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+            self.log_A = nn.Parameter(torch.empty(H).uniform_(0.01, 16).log())
 
     def forward(self, x, state, ropes):
         config = self.config
@@ -570,8 +590,14 @@ class ExtendedLinearAttention(LinearAttention):
         return None
 
     def strength(self, x):
-        """The delta rule's beta: (B,T,D) -> (B,H,T), or None."""
-        return self.beta(x).sigmoid().transpose(1, 2) if self.config.delta else None
+        """The delta rule's beta: (B,T,D) -> (B,H,T), or None.
+
+        A write turns S into (I - beta k k^T) S + ...: at beta = 2 it reflects what S holds along k, so that a state can
+        count modulo 2, which no beta up to 1 can [9].
+        """
+        if not self.config.delta:
+            return None
+        return self.config.beta_max * self.beta(x).sigmoid().transpose(1, 2)
 
 
 def linear_attention(config):
@@ -579,36 +605,6 @@ def linear_attention(config):
     plain = (config.normaliser == "sum" and config.decay == "none"
              and not (config.delta or config.short_conv or config.output_gate))
     return LinearAttention(config) if plain else ExtendedLinearAttention(config)
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution over time: y_t = sum_i weight_i x_{t-i}. Its state is the last size-1 inputs."""
-
-    def __init__(self, channels, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-size ** -0.5, size ** -0.5))
-
-    def forward(self, x, state):                                      # x (B,T,channels)
-        T = x.shape[1]
-        past = len(self.weight) - 1
-        x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
-        y = sum(x[:, past - i:past - i + T] * weight for i, weight in enumerate(self.weight))
-        return y.to(x.dtype), x[:, T:].clone()                        # a view would keep all of x alive
-
-
-class GatedConv(nn.Module):
-    """Based's gated short convolution [2], without biases: out(gate * SiLU(conv(x'))) over 3 tokens. Its state is 2."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.both = Projection(config.dim, 2 * config.dim)
-        self.conv = CausalConv(config.dim, 3)
-        self.out = Projection(config.dim, config.dim)
-
-    def forward(self, x, state, ropes):
-        gate, x = self.both(x).chunk(2, dim=-1)
-        x, state = self.conv(x, state)
-        return self.out(gate * F.silu(x)), state
 
 
 def naive_softmax_attention(q, k, v, causal=True, window=None):
@@ -644,20 +640,40 @@ class SoftmaxAttention(nn.Module):
         self.window = window
         self.qkv = Projection(config.dim, 3 * config.dim)
         self.out = Projection(config.dim, config.dim)
+        if config.short_conv:
+            self.conv = CausalConv(3 * config.dim, 4)
 
     def forward(self, x, state, ropes):
-        q, k, v = split_heads(self.qkv(x), self.config.n_heads, [self.config.dim] * 3)
+        conv_state, past = state or (None, None)
+        qkv = self.qkv(x)
+        if self.config.short_conv:
+            qkv, conv_state = self.conv(qkv, conv_state)
+        q, k, v = split_heads(qkv, self.config.n_heads, [self.config.dim] * 3)
         rope = ropes.get(q.shape[-1])
         q, k = rotate(q, rope), rotate(k, rope)
-        if state is not None:
-            past_k, past_v = state
+        if past is not None:
+            past_k, past_v = past
             k = torch.cat([past_k, k], dim=2)                         # (B,H,past+T,d)
             v = torch.cat([past_v, v], dim=2)
         y = softmax_attention(q, k, v, self.config.causal, self.window)
         if self.window is not None:
             first = max(0, k.shape[2] - self.window + 1)
             k, v = k[:, :, first:].clone(), v[:, :, first:].clone()
-        return self.out(merge_heads(y)), (k, v)
+        return self.out(merge_heads(y)), (conv_state, (k, v))
+
+
+class GatedConv(nn.Module):
+    """Based's gated short convolution [2]: (conv(x) + b) (x W + c) + x, over 3 tokens. Its state is the last 2 inputs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.conv = CausalConv(config.dim, 3)
+        self.conv_bias = nn.Parameter(torch.empty(config.dim).uniform_(-3 ** -0.5, 3 ** -0.5))
+        self.gate = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x, state, ropes):
+        y, state = self.conv(x, state)
+        return (y + self.conv_bias) * self.gate(x) + x, state
 
 
 # A mixer is a module made from the configuration and called as mixer(x, state, ropes): x (B,T,D), of any T >= 1; the
@@ -873,6 +889,8 @@ def check_config(config):
             f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(config.mixers) or 'nothing'!r}")
     require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
     require(config.dim % config.n_heads == 0, f"dim={config.dim} must be a multiple of n_heads={config.n_heads}")
+    require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: beyond, the state "
+            "of a delta rule diverges")
     require(config.value_dim >= 1, f"expand_v={config.expand_v} leaves v no width")
     if config.pos == "rope":
         widths = {config.key_dim if mixer == "linear" else config.head_dim for mixer in config.mixers if mixer != "conv"}
@@ -881,9 +899,9 @@ def check_config(config):
     if "linear" in config.mixers:
         check_linear(config)
     if not config.causal:
-        ordered = {"window", "conv"} & {*config.mixers}
+        ordered = {"window", "conv"} & {*config.mixers} or config.short_conv
         if "linear" in config.mixers:
-            ordered = ordered or config.short_conv or config.delta or config.decay != "none"
+            ordered = ordered or config.delta or config.decay != "none"
         require(not ordered, "causal=False has no order in time: it needs plain linear or softmax mixers")
 
 

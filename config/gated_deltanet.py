@@ -4,6 +4,7 @@
     python train.py config/gated_deltanet.py
 
 Widths as in its section 3.4: keys 0.75 dim, values 1.5 dim in all, so the mixer has 6 dim^2 parameters.
+Differs: the paper has SwiGLU and AdamW; GELU and Muon are better here.
 
 44.70 M parameters (18.94 M beside the embedding); a sequence's state is 1.88 MB in fp32.
 """
@@ -19,5 +20,7 @@ normaliser = "rms"
 short_conv = True
 output_gate = True
 pos = "none"
-mlp = "swiglu"
 mlp_ratio = 3.0
+
+optimizer = "muon"
+lr = 1e-2

@@ -3,7 +3,8 @@
     python prepare.py
     python train.py config/retnet.py
 
-Values are twice as wide as keys, and the feed-forward half as wide, as in its section 3.1. Differs: rope, not xPos.
+Values are twice as wide as keys, and the feed-forward half as wide, as in its section 3.1. Differs: rope, not xPos;
+Muon, not AdamW.
 
 44.64 M parameters (18.88 M beside the embedding); a sequence's state is 3.15 MB in fp32.
 """
@@ -16,3 +17,6 @@ normaliser = "rms"
 output_gate = True
 expand_v = 2.0
 mlp_ratio = 2.0
+
+optimizer = "muon"
+lr = 1e-2

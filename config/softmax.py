@@ -2,6 +2,7 @@
 
     python prepare.py
     python train.py config/softmax.py
+    python train.py config/softmax.py --short_conv --out_dir=out/softmax_conv    # the stronger baseline
 
 44.64 M parameters (18.88 M beside the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows
 with the text.
@@ -18,6 +19,7 @@ pos = "rope"
 
 batch_size = 64
 grad_accum = 4  # on an H100 take 2: larger pieces keep it busy
-lr = 2e-4
+optimizer = "muon"
+lr = 1e-2
 weight_decay = 0.1
 max_steps = 20000  # 1.3 billion tokens

@@ -119,7 +119,8 @@ def decoding(config, past, B, bench, device, steps=32):
     def grow(layer, mixer):                                                       # only softmax's state depends on past
         if mixer != "softmax" or past == read:
             return layer
-        return tuple(z.repeat(1, 1, -(-past // read), 1)[:, :, :past].contiguous() for z in layer)
+        conv_state, cache = layer
+        return conv_state, tuple(z.repeat(1, 1, -(-past // read), 1)[:, :, :past].contiguous() for z in cache)
 
     @torch.no_grad()
     def fill():

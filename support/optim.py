@@ -19,7 +19,7 @@ def make_optimizer(model, config):
     def kind(name, p):
         if p.dim() < 2:
             return "vector"
-        hidden = name.startswith("blocks.") and name.split(".")[-2] in ("qkv", "out", "up", "gate", "both")
+        hidden = name.startswith("blocks.") and name.split(".")[-2] in ("qkv", "out", "up", "gate")
         return "hidden" if hidden and config.optimizer == "muon" else "matrix"
     groups = [{"params": [p for name, p in model.named_parameters() if kind(name, p) == which],
                "weight_decay": config.weight_decay * (which != "vector"), "momentum": 0.95 * (which == "hidden")}

@@ -51,6 +51,16 @@ def project(x, W):
     return y.flatten(0, 1).T.reshape(*x.shape[:-1], -1)
 
 
+def causal_conv(x, weight):
+    """sum_i weight_i x_{t-i}, depthwise: x (B,past+T,channels) and weight (past+1,channels) -> (B,T,channels).
+
+    As a convolution of pictures one pixel high: torch has a kernel for those that works in place, channels last.
+    """
+    kernel = weight.flip(0).T[:, None, None]                          # (channels,1,1,past+1)
+    y = F.conv2d(x.transpose(1, 2)[:, :, None], kernel.contiguous(), groups=x.shape[-1])
+    return y[:, :, 0].transpose(1, 2)
+
+
 def window_attention(q, k, v, w):
     """Softmax attention over the last w tokens, O(T w): blocks of n queries, each beside its own n keys and the w before.
 

@@ -10,6 +10,7 @@ import torch
 import checkpoint
 from checkpoint import CHECKPOINT, load_checkpoint
 from configurator import UserError
+from model import LM, ModelConfig
 from test_train import as_it_was, data, flip, refusal, run, same  # noqa: F401 (fixtures)
 
 
@@ -44,6 +45,28 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(refusal, tmp_path
     (tmp_path / "run/out").mkdir(parents=True)
     torch.save(content, tmp_path / "run/out/ckpt.pt")
     assert message in refusal() and not Path("trapped").exists()
+
+
+def old_and_new(**options):
+    """A checkpoint's weights, a model of the same settings, and some tokens."""
+    small = dict(vocab_size=70, dim=16, depth=2, n_heads=2, **options)
+    return LM(ModelConfig(**small)).state_dict(), LM(ModelConfig(**small)), torch.randint(70, (2, 23))
+
+
+@torch.no_grad()
+def test_weights_from_before_windows_had_convolutions_give_the_same_logits():
+    weights, lm, idx = old_and_new(mixers="window")
+    lm_with_convolutions = LM(ModelConfig(**vars(lm.config) | {"short_conv": True}))
+    lm.load_state_dict(weights)
+    checkpoint.load_weights(lm_with_convolutions, {"model": dict(weights)})
+    assert torch.equal(lm_with_convolutions(idx)[0], lm(idx)[0])
+
+
+def test_weights_of_the_gated_convolution_of_before_are_refused_by_name():
+    weights, lm, _ = old_and_new(mixers="conv")
+    old = {name.replace("gate.weight", "both.weight"): weight for name, weight in weights.items()}
+    with pytest.raises(UserError, match="`conv` layers of an earlier version"):
+        checkpoint.load_weights(lm, {"model": old})
 
 
 def test_a_shared_model_with_settings_that_we_do_not_know_is_refused(run, refusal):

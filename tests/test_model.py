@@ -304,11 +304,11 @@ PRESETS = {path.stem: shrunk(model_settings(path)) for path in sorted(CONFIG.glo
 LINEAR_OPTIONS = dict(
     mixers=["linear", "linear window", "conv linear softmax", ["window", "linear"]],
     feature_map=list(FEATURE_MAPS), pos=["none", "learned", "sinusoidal", "rope"], decay=["none", "fixed", "gated"],
-    delta=[False, True], normaliser=["sum", "rms"], short_conv=[False, True], output_gate=[False, True],
+    delta=[False, True], beta_max=[1.0, 2.0], normaliser=["sum", "rms"], short_conv=[False, True], output_gate=[False, True],
     expand_v=[1.0, 2.0], feature_dim=[0, 4], mlp=["gelu", "swiglu", "relu2"], mlp_ratio=[0.0, 1.0],
     norm=["rms", "layer"], tied=[True, False], chunk_size=[1, 4, 64], window=[1, 5, 64])
 OTHER_OPTIONS = dict(mixers=["window", "softmax", "conv", ["softmax", "conv", "window"]],
-                     **{name: LINEAR_OPTIONS[name] for name in ("pos", "mlp", "mlp_ratio", "norm", "tied", "window")})
+                     **{name: LINEAR_OPTIONS[name] for name in ("pos", "short_conv", "mlp", "mlp_ratio", "norm", "tied", "window")})
 
 
 def tiny(**options):
@@ -633,17 +633,35 @@ def gated_deltanet(m, x):
 
 
 def gated_conv(m, x):
-    """[2] and its authors' code, without the biases: out(gate(x) * SiLU(conv(in(x)))), depthwise over 3 tokens."""
-    Wg, Wi = m.both.weight.chunk(2)
-    convs = [sum(m.conv.weight[i] * (Wi @ x[t - i]) for i in range(min(3, t + 1))) for t in range(len(x))]
-    rows = [(Wg @ x[t]) * conv / (1 + (-conv).exp()) for t, conv in enumerate(convs)]
-    return torch.stack(rows) @ m.out.weight.T
+    """[2], as in its authors' code: (conv(x) + b) (x W + c) + x, depthwise over 3 tokens."""
+    convs = [sum(m.conv.weight[i] * x[t - i] for i in range(min(3, t + 1))) + m.conv_bias for t in range(len(x))]
+    return torch.stack([conv * (m.gate.weight @ x[t] + m.gate.bias) + x[t] for t, conv in enumerate(convs)])
+
+
+def softmax_conv(m, x, window=None):
+    """Softmax attention on q, k and v after a convolution over 4 tokens of each."""
+    z = x @ m.qkv.weight.T
+    z = torch.stack([sum(m.conv.weight[i] * z[t - i] for i in range(min(4, t + 1))) for t in range(len(x))])
+    ys = []
+    for q, k, v in zip(*(part.unflatten(-1, (-1, 8)).unbind(1) for part in z.split(16, dim=1))):
+        rows = []
+        for t in range(len(x)):
+            first = 0 if window is None else max(0, t - window + 1)
+            weights = torch.stack([q[t] @ k[j] / 8 ** 0.5 for j in range(first, t + 1)]).softmax(0)
+            rows.append(weights @ v[first:t + 1])
+        ys.append(torch.stack(rows))
+    return torch.cat(ys, dim=-1) @ m.out.weight.T
+
+
+def window_conv(m, x):
+    return softmax_conv(m, x, window=5)
 
 
 @pytest.mark.parametrize("layer, options", [
     (based, dict(feature_map="taylor", feature_dim=16, pos="none")), (roformer, dict()),
     (based_with_rope, dict(feature_map="taylor", feature_dim=16)),
-    (gated_conv, dict(mixers="conv")), (retnet, PRESETS["retnet"]), (gated_deltanet, PRESETS["gated_deltanet"])],
+    (gated_conv, dict(mixers="conv")), (softmax_conv, dict(mixers="softmax", short_conv=True, pos="none")),
+    (window_conv, dict(mixers="window", short_conv=True, pos="none")), (retnet, PRESETS["retnet"]), (gated_deltanet, PRESETS["gated_deltanet"])],
     ids=lambda x: getattr(x, "__name__", ""))
 def test_mixer_is_the_published_layer_in_one_pass_step_by_step_and_in_gradients(layer, options, float64):
     mixer = tiny(depth=1, **options).blocks[0].mixer
@@ -869,7 +887,7 @@ def test_an_illegal_configuration_is_refused_with_one_sentence(word, options):
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
 
 
-@pytest.mark.parametrize("options", [dict(decay="gated"), dict(delta=True), dict(short_conv=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(decay="gated"), dict(delta=True)], ids=str)
 def test_an_option_of_the_linear_mixer_is_not_counted_where_there_is_none(options):
     ModelConfig(**{**TINY, **options}, mixers="softmax", causal=False)
 
@@ -888,7 +906,8 @@ def test_the_base_model_has_the_parameters_of_the_paper_card():
     assert untied.unembed.weight is not untied.embed.weight
 
 
-@pytest.mark.parametrize("name", ["base", "softmax", "based", "retnet", "deltanet", "gated_deltanet", "hybrid"])
+@pytest.mark.parametrize("name", ["base", "softmax", "based", "retnet", "deltanet", "gated_deltanet", "hybrid",
+                                  "hybrid_softmax"])
 @torch.no_grad()
 def test_a_preset_has_the_parameters_and_the_state_of_its_comment(name):
     path = CONFIG / f"{name}.py"
