@@ -1,22 +1,33 @@
-"""A linear-attention transformer language model: one operation in three forms, the mixers built on it, the model.
+"""A linear-attention transformer language model: one operation in three forms, the mixers built on it, and the model.
 
-Attention without the softmax is a recurrence. Each head keeps one matrix S:
+Softmax attention compares each query with every earlier key, O(T^2) in time:
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T          each token is written into it      [1, Eq. 18; with g: 3, Eq. 6; 8]
-    y_t = S_t^T q_t                             and each query reads it            [1, Eq. 20]
+    y_t = sum_{j<=t} exp(q_t . k_j) v_j / sum_{j<=t} exp(q_t . k_j)
 
-so a text of a million tokens is generated in the memory of one. The same numbers come out of three forms. The quadratic
-form compares every query with every earlier key, as softmax attention does: O(T^2), the definition. The recurrent form
-is the two lines above: O(T), how text is generated. The chunked form is quadratic inside chunks of C tokens and
-recurrent from chunk to chunk: O(T C), almost all of it matrix products, how the model trains.
+Replace exp(q . k) by a product of features, phi(q) . phi(k), and from here on write q and k for the features. Now the
+query can be taken out of the sum:
+
+    y_t = sum_{j<=t} (q_t . k_j) v_j = S_t^T q_t      with      S_t = sum_{j<=t} k_j v_j^T = S_{t-1} + k_t v_t^T
+
+S is one matrix per head, however long the text: a million tokens are generated in the memory of one. The denominator
+is the same sum with every v_j = 1 (`normalised`, below). A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at
+token t what token j wrote counts exp(g_{j+1} + ... + g_t).
+
+Three forms give the same numbers:
+
+    quadratic    the sum over j, for all pairs at once           O(T^2 (K + V))          the definition
+    recurrent    S, token by token                               O(T K V), sequential    how text is generated
+    chunked      quadratic in chunks of C tokens, S in between   O(T (C (K + V) + K V))  how the model trains
+
+The letters, and what the papers call them:
 
     B, T, H     batch, time, heads                      N, C    chunks, and tokens in a chunk (T = N C)
-    K, V        width per head of q and k, and of v     D       model width, "dim" in the code
-    q, k, v     phi(Q_i), phi(K_i), V_i in [1, Eq. 4]: after the feature map phi, so q_t . k_j is a weight
-    S           the state (B,H,K,V); S_i in [1, Eq. 10], transposed in [5, 6]
-    g           log decay (B,H,T), at most 0; log gamma in [3], log alpha_t in [6]
-    b           write strength of the delta rule (B,H,T); beta_t in [4, 5, 6]
-    U           what the delta rule writes in place of v; [5, Eq. 5]
+    K, V        width per head of q and k, and of v     D       width of the model
+    q, k, v     phi(Q_i), phi(K_i), V_i in [1, Eq. 4]
+    S           the state (B,H,K,V); S_i in [1, Eq. 18], transposed in [5, 6]
+    g           log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]
+    b           write strength of the delta rule (B,H,T), beta_t in [4, 5, 6]
+    u           what the delta rule writes in place of v [5, Eq. 5]
 
 [1] Katharopoulos et al. 2020, Transformers are RNNs, arXiv 2006.16236
 [2] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
@@ -34,7 +45,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from support import kernels, speedups
+from support import kernels, speedups  # faster equivalents of what stands here; before torch, for its threads
 
 import torch
 import torch.nn as nn
@@ -42,17 +53,39 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 try:
-    from huggingface_hub import PyTorchModelHubMixin as Shared  # from_pretrained, save_pretrained, push_to_hub
+    from huggingface_hub import PyTorchModelHubMixin as HubMixin  # from_pretrained, save_pretrained, push_to_hub
 except ImportError:
-    Shared = object  # the model without them
+    HubMixin = object
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plain linear attention, three times
 
 
+def decays(g):
+    """Decay factors between the L tokens of g (...,L): a whole text, or one chunk. With G_i = g_1 + ... + g_i:
+
+    decay (...,L,L)          decay[i, j] = exp(G_i - G_j): what is left at token i of what token j wrote; 0 for j > i
+    since_start (...,L,1)    exp(G_i): what is left at token i of the state before the first token
+    until_end (...,L,1)      decay[last, j]: what is left at the last token of what token j wrote
+    """
+    # A g so low that exp(g) underflows resets the state. The sums leave it out: they would lose the digits of all that
+    # follows, or become inf - inf. Instead, what is older than a reset is masked as the future is.
+    is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
+    G = g.masked_fill(is_reset, 0).cumsum(-1)
+    token = torch.arange(g.shape[-1], device=g.device)
+    last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
+    i, j = token[:, None], token
+    masked = (j > i) | (j < last_reset[..., None])
+    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Nor is exp(G_i) exp(-G_j) safe.
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(masked, -math.inf).exp()
+    since_start = G.exp().masked_fill(last_reset >= 0, 0)
+    until_end = decay[..., -1, :]
+    return decay, since_start[..., None], until_end[..., None]
+
+
 def quadratic(q, k, v, g, S):
-    """All pairs of tokens: Y = (Q K^T * decay) V, plus what each query still reads of the state before them."""
+    """All pairs of tokens: y = (q k^T * decay) v, plus what each query still reads of the state S before them."""
     decay, since_start, until_end = decays(g)
     y = (q @ k.mT * decay) @ v + (q * since_start) @ S
     S = since_start[:, :, -1:] * S + (k * until_end).mT @ v
@@ -69,7 +102,7 @@ def recurrent(q, k, v, g, S):
 
 
 def chunked(q, k, v, g, S, chunk_size, scores):
-    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size; scores(q, k) is q k^T."""
+    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size; scores(q, k) gives q k^T."""
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
@@ -77,7 +110,7 @@ def chunked(q, k, v, g, S, chunk_size, scores):
     # 2. In each chunk: what its queries read of it, and what it adds to the state.
     inside = (scores(q, k) * decay) @ v                               # (B,H,N,C,V)
     added = (k * until_end).mT @ v                                    # (B,H,N,K,V)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before the chunk
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before it
 
     # 3. From chunk to chunk: the recurrence.
     starts = []
@@ -88,28 +121,6 @@ def chunked(q, k, v, g, S, chunk_size, scores):
     # 4. Each query also reads the state that its chunk started from.
     y = inside + (q * since_start) @ torch.stack(starts, dim=2)
     return y.flatten(2, 3), S
-
-
-def decays(g):
-    """How much is left, among the tokens of g (...,T). With G_i = g_1 + ... + g_i:
-
-    decay (...,T,T)          at token i of what token j wrote: exp(G_i - G_j), and 0 for j > i [3, Eq. 5]
-    since_start (...,T,1)    at token i of the state before the first token: exp(G_i)
-    until_end (...,T,1)      at the last token of what token j wrote: exp(G_T - G_j)
-
-    A g so low that exp(g) is 0 resets the state. In the sums it would drown all that follows, or make inf - inf. So the
-    sums leave it out, and what is older than a reset is hidden as the future is.
-    """
-    time = torch.arange(g.shape[-1], device=g.device)
-    is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
-    last_reset = time.where(is_reset, -1).cummax(-1).values           # (...,T), -1 before the first
-    G = g.masked_fill(is_reset, 0).cumsum(-1)
-    hidden = (time > time[:, None]) | (time < last_reset[..., None])
-    # Mask before exp: above the diagonal it can overflow, and inf * 0 is NaN. Nor is exp(G_i) exp(-G_j) safe.
-    decay = (G[..., :, None] - G[..., None, :]).masked_fill(hidden, -math.inf).exp()
-    since_start = G.exp().masked_fill(last_reset >= 0, 0)
-    until_end = decay[..., -1, :]
-    return decay, since_start[..., None], until_end[..., None]
 
 
 def outer(k, v):
@@ -123,7 +134,7 @@ def read(S, q):
 
 
 def unbind(*xs):
-    """Each of xs (B,H,N,...) as N slices. Not x[:, :, n]: the gradient of each would be as large as x."""
+    """Slices of each of xs along time or chunks, dim 2. Not x[:, :, n]: each of those has a gradient as large as x."""
     return (x.unbind(2) for x in xs)
 
 
@@ -132,11 +143,16 @@ def dot_products(q, k):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The delta rule writes b (v - what S already answers to k): it corrects the state instead of adding to it
+# The delta rule writes b (v - what S already answers to k): it corrects the state instead of adding to it. That is
+#
+#     S_t = (I - b k k^T) S' + b k v^T      with      S' = exp(g_t) S_{t-1}
+#
+# so along k the old content is scaled by 1 - b |k|^2. With |k| = 1, b = 1 replaces it, b = 0 keeps it, and b = 2 flips
+# its sign; outside of [0, 2] the state would diverge.
 
 
 def delta_recurrent(q, k, v, g, b, S):
-    """S_t = S' + k_t (b_t (v_t - S'^T k_t))^T, with S' = exp(g_t) S_{t-1} [4, Eq. 24; 6, Eq. 10]."""
+    """S_t = S' + k_t (b_t (v_t - S'^T k_t))^T, token by token [4, Eq. 24], with g [6, Eq. 10]."""
     ys = []
     for q_t, k_t, v_t, g_t, b_t in zip(*unbind(q, k, v, g, b)):
         S = g_t.exp()[..., None, None] * S
@@ -147,32 +163,34 @@ def delta_recurrent(q, k, v, g, b, S):
 
 
 def delta_chunked(q, k, v, g, b, S, chunk_size):
-    """As `chunked`, with U, what is really written, in place of V. Token i of a chunk that starts from S writes
+    """As `chunked`, with u, what is really written, in place of v. Token i of a chunk that starts from S writes
 
         u_i = b_i (v_i - exp(G_i) S^T k_i - sum_{j<i} decay_ij (k_i . k_j) u_j)
 
     since S' holds what is left of S and of the earlier writes. For the whole chunk that is one triangular system,
-    (I + L) U = b V - b exp(G) K S. It is solved for both terms of the right side, in all chunks at once, before any S
-    is known: U = own - seen S [5, Eq. 8 to 10].
+    (I + L) u = b v - b exp(G) (k S). S is not known yet, but it stands in one term alone. So both terms are solved, in
+    all chunks at once, and the loop over chunks only adds them: u = own - seen S [5, Eq. 8 to 10], with
+
+        own = (I + L)^-1 (b v)      and      seen = (I + L)^-1 (b exp(G) k)
     """
     q, k, v, g, b = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g, b))
     decay, since_start, until_end = decays(g)
     b = b[..., None]                                                  # (B,H,N,C,1)
 
     L = (b * (k @ k.mT) * decay).tril(-1)                             # (B,H,N,C,C)
-    sides = torch.cat([b * v, b * since_start * k], dim=-1)
+    right_sides = torch.cat([b * v, b * since_start * k], dim=-1)
     # unitriangular=True reads L as I + L.
-    solved = torch.linalg.solve_triangular(L, sides, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(L, right_sides, upper=False, unitriangular=True)
     own, seen = solved.split([v.shape[-1], k.shape[-1]], dim=-1)      # (B,H,N,C,V) and (B,H,N,C,K)
 
     k_end = (k * until_end).mT                                        # (B,H,N,K,C)
     kept = since_start[..., -1:, :]                                   # (B,H,N,1,1)
     starts, writes = [], []
     for own_n, seen_n, k_end_n, kept_n in zip(*unbind(own, seen, k_end, kept)):
-        U = own_n - seen_n @ S
+        u = own_n - seen_n @ S
         starts.append(S)
-        writes.append(U)
-        S = kept_n * S + k_end_n @ U
+        writes.append(u)
+        S = kept_n * S + k_end_n @ u
 
     inside = (q @ k.mT * decay) @ torch.stack(writes, dim=2)
     y = inside + (q * since_start) @ torch.stack(starts, dim=2)
@@ -180,7 +198,7 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same for callers: optional arguments, checks, any T, and sums that are exact enough
+# The same for callers: optional arguments, checks, any T, sums in fp32
 
 
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
@@ -188,64 +206,65 @@ def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
 
     Args: q, k (B,H,T,K), after the feature map; v (B,H,T,V); log_decay (B,H,T), at most 0 (-inf resets the state);
       beta (B,H,T), in [0, 2], for the delta rule, whose keys have length 1; state (B,H,K,V), None for zeros. Any T >= 1.
-    Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), fp32 or wider. Passing it on splits a
-      sequence over calls without changing anything.
+    Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), fp32 or wider. Pass it to the next call
+      to continue the sequence: any split gives the same result.
     Raises: ValueError when shapes do not fit.
     """
-    arguments = checked(q, k, v, log_decay, beta, state)
+    check_shapes(q, k, v, log_decay, beta, state)
+    arguments = widened(q, k, v, log_decay, beta, state)
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
             y, S = quadratic(*arguments)
         else:
-            y, S = delta_chunked(*arguments, chunk_size=q.shape[2])
+            y, S = delta_chunked(*arguments, chunk_size=q.shape[2])   # all pairs are one chunk of T tokens
     return y.to(q.dtype), S
 
 
 def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
-    """The same, one token after the other: O(T), with a state of fixed size. Arguments and results are those above."""
-    arguments = checked(q, k, v, log_decay, beta, state)
+    """The same, token by token: O(T), with a state of fixed size. Arguments and results as above."""
+    check_shapes(q, k, v, log_decay, beta, state)
     form = recurrent if beta is None else delta_recurrent
     with torch.autocast(q.device.type, enabled=False):
-        y, S = form(*arguments)
+        y, S = form(*widened(q, k, v, log_decay, beta, state))
     return y.to(q.dtype), S
 
 
-def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64, scores=dot_products):
+def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64, scores=None):
     """The same, in chunks: O(T chunk_size) in matrix products; in Triton where that is available.
 
-    Args: as above; chunk_size; scores, a function of features q and k that gives q k^T, where there is a cheaper one.
-    Differs in Triton: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6).
+    Args: as above; chunk_size; scores, a cheaper way than the product to get q k^T from features q and k, used by the
+      plain form in PyTorch.
+    Differs in Triton: products run in bf16 for bf16 inputs, in tf32 for fp16, in three tf32 for fp32 (error about 1e-6).
     """
-    arguments = checked(q, k, v, log_decay, beta, state, chunk_size)
+    check_shapes(q, k, v, log_decay, beta, state, chunk_size)
     if kernels.available(q, v):
         return kernels.linear_attention(q, k, v, log_decay, beta, state, chunk_size)
     T = q.shape[2]
     chunk_size = min(chunk_size, T)
-    *tokens, S = arguments
+    *tokens, S = widened(q, k, v, log_decay, beta, state)
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
-            y, S = chunked(*tokens, S, chunk_size, scores)
+            y, S = chunked(*tokens, S, chunk_size, scores or dot_products)
         else:
             y, S = delta_chunked(*tokens, S, chunk_size)
     return y[:, :, :T].to(q.dtype), S
 
 
 def linear_attention_bidirectional(q, k, v, log_decay=None, beta=None, state=None):
-    """causal=False: every query reads the one sum over all keys [1, Eq. 6]. Without an order there is no decay."""
+    """Every query reads the one sum over all keys, later ones too [1, Eq. 6]. Without an order there is no decay."""
     require(log_decay is None and beta is None, "without an order in time there is no decay and no delta rule")
-    wide_q, k, v, _, S = checked(q, k, v, None, None, state)
+    check_shapes(q, k, v, None, None, state)
+    dtype = q.dtype
+    q, k, v, _, S = widened(q, k, v, None, None, state)
     with torch.autocast(q.device.type, enabled=False):
         S = S + k.mT @ v
-        y = wide_q @ S
-    return y.to(q.dtype), S
+        y = q @ S
+    return y.to(dtype), S
 
 
-def checked(q, k, v, log_decay, beta, state, chunk_size=1):
-    """The arguments of a form, filled in: [q, k, v, g, S], or with beta [q, k, v, g, b, S]. ValueError for a misfit.
-
-    bf16 keeps 8 bits: adding 1 to 256 gives 256. So sums over time and states are fp32 or wider, whatever comes in.
-    """
+def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
+    """ValueError that names the argument which does not fit q."""
     require(q.dim() == 4 and 0 not in q.shape, f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
     require(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
     B, H, T, K = q.shape
@@ -253,19 +272,24 @@ def checked(q, k, v, log_decay, beta, state, chunk_size=1):
     wanted = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, V)), "log_decay": (log_decay, (B, H, T)),
               "beta": (beta, (B, H, T)), "state": (state, (B, H, K, V))}
     for name, (x, shape) in wanted.items():
-        require(x is None or x.shape == shape,
-                f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {None if x is None else tuple(x.shape)}")
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+
+
+def widened(q, k, v, log_decay, beta, state):
+    """[q, k, v, g, S], or with beta [q, k, v, g, b, S], in fp32 or wider: bf16 keeps 8 bits, where 256 + 1 is 256."""
+    B, H, T, K = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     if log_decay is None:
-        log_decay = q.new_zeros(1, 1, T)                              # exp(0) = 1, once for every B and H
+        log_decay = q.new_zeros(1, 1, T)                              # no decay: exp(0) = 1, broadcast over B and H
     if state is None:
-        state = q.new_zeros(B, H, K, V, dtype=wide)
+        state = q.new_zeros(B, H, K, v.shape[-1])
     arguments = [q, k, v, log_decay, state] if beta is None else [q, k, v, log_decay, beta, state]
     return [x.to(wide) for x in arguments]
 
 
 def pad_time(x, count):
-    """x (B,H,T) or (B,H,T,.) with `count` tokens of zeros after it: they write nothing, and nothing decays."""
+    """x (B,H,T) or (B,H,T,.) followed by `count` tokens of zeros: they write nothing, and nothing decays."""
     return F.pad(x, (0, 0) * (x.dim() - 3) + (0, count)) if count else x
 
 
@@ -278,33 +302,37 @@ def require(condition, message):
 # The sum normaliser
 
 
-def normalised(form, q, k, v, q_sum, k_sum, log_decay=None, state=None, **options):
+def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk_size=64, scores=None):
     """Linear attention divided by the sum of its weights, as a softmax is [1, Eq. 12]:
 
-        y_t = (sum_{j<=t} (q_t . k_j) v_j) / (sum_{j<=t} q_sum_t . k_sum_j)
+        y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} q_den_t . k_den_j
 
-    The sum below is what the same form reads when every value is 1. Two pairs, since rope turns only the one above: as
-    in [7, Eq. 19], for turned features can be negative, and their sum zero. Without rope they are one pair.
+    The denominator is what the same form returns when every value is 1. It has a pair of its own, the features before
+    rope: rotated features can be negative, and a sum of weights of both signs can be 0. So with rope the weights of the
+    numerator need not be positive, nor sum to 1, as in [7, Eq. 19]. Without rope both pairs are the same tensors.
 
-    Args: form, one of the above, and its options; q_sum, k_sum shaped as q and k; state (B,H,K,V+1): S, and the
-      column of the sums. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
+    Args: form, one of the above, with its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the column
+      of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    if form is linear_attention_chunked and kernels.available(q, v):
-        return kernels.normalised_linear_attention(q, k, v, q_sum, k_sum, log_decay, state, options["chunk_size"])
+    options = {}
+    if form is linear_attention_chunked:
+        if kernels.available(q, v):
+            return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, chunk_size)
+        options = {"chunk_size": chunk_size, "scores": scores}
     dtype = q.dtype
-    one_pair = q is q_sum and k is k_sum
-    q, k, v, q_sum, k_sum = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_sum, k_sum))
+    one_pair = q is q_den and k is k_den
+    q, k, v, q_den, k_den = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_den, k_den))
     ones = torch.ones_like(v[..., :1])
     V = v.shape[-1]
     if one_pair:                                                      # both sums in one pass
         y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
-        y, sums = y.split([V, 1], dim=-1)
+        y, denominator = y.split([V, 1], dim=-1)
     else:
         S, Z = (None, None) if state is None else state.split([V, 1], dim=-1)
         y, S = form(q, k, v, log_decay, state=S, **options)
-        sums, Z = form(q_sum, k_sum, ones, log_decay, state=Z, **options)
+        denominator, Z = form(q_den, k_den, ones, log_decay, state=Z, **options)
         state = torch.cat([S, Z], dim=-1)
-    y = y / (sums + 1e-6)                                             # relu can make all weights 0
+    y = y / (denominator + 1e-6)                                      # relu can make all weights 0
     return y.to(dtype), state
 
 
@@ -314,34 +342,30 @@ def normalised(form, q, k, v, q_sum, k_sum, log_decay=None, state=None, **option
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """phi: (...,d) -> (...,K). Register yours in FEATURE_MAPS; --feature_map=NAME then works everywhere."""
+    """phi and what is known of it. Yours is a line of FEATURE_MAPS; feature_map=NAME then works everywhere."""
 
-    phi: Callable
+    phi: Callable                # (...,d) -> (...,K)
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
-    can_vanish: bool = False     # all of phi can be 0: not with rope, whose numerator does not vanish with it
-    unit: bool = False           # |phi(k)| = 1: the delta rule cannot overshoot
-    scores: Callable = dot_products  # phi(q) phi(k)^T, given both: where it is cheaper than that product
+    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k: not with rope, which leaves a numerator over 0
+    unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
+    rotate_first: bool = False   # K != d, or weights that depend on q . k alone: rope turns q and k before phi
+    scores: Callable | None = None  # (phi(q), phi(k)) -> phi(q) phi(k)^T, where that is cheaper than the product
 
     def pairs(self, q, k, rope):
-        """q, k (B,H,T,d) -> the pair for the numerator, turned by rope, and the pair whose weights are summed."""
-        q_sum, k_sum = self.features(q), self.features(k)
-        return rotate(q_sum, rope), rotate(k_sum, rope), q_sum, k_sum
+        """q, k (B,H,T,d) before phi -> features for the numerator, rotated by rope, and for the denominator."""
+        if self.rotate_first:
+            q, k = self.features(rotate(q, rope)), self.features(rotate(k, rope))
+            return q, k, q, k
+        q, k = self.features(q), self.features(k)
+        return rotate(q, rope), rotate(k, rope), q, k
 
     def features(self, x):
-        """phi in the dtype of x: under autocast exp and norms are fp32, and products of fp32 are many times slower."""
+        """phi in the dtype of x. Autocast makes exp and norms fp32, and the kernels multiply in what they are given."""
         return self.phi(x).to(x.dtype)
 
 
-class TurnedFirst(FeatureMap):
-    """A map of q . k alone, never negative: q and k may be turned before it, so that the sum is turned as well."""
-
-    def pairs(self, q, k, rope):
-        q, k = self.features(rotate(q, rope)), self.features(rotate(k, rope))
-        return q, k, q, k
-
-
 def elu(x):
-    """ELU(x) + 1 [1, Eq. 7], that is x + 1, and exp(x) below 0. In bf16 the first would be 0 below -6."""
+    """ELU(x) + 1 [1, Eq. 7]: x + 1, and exp(x) below 0. Computed as ELU, plus 1, it would be 0 below -6 in bf16."""
     if x.dtype.itemsize > 2:
         return F.elu(x) + 1
     return F.relu(x) + x.clamp(max=0).exp()
@@ -376,7 +400,7 @@ FEATURE_MAPS = {
     "relu": FeatureMap(F.relu, positive=True, can_vanish=True),
     "identity": FeatureMap(lambda x: x),                              # [3]
     "silu_l2": FeatureMap(silu_l2, unit=True),                        # [5, 6]
-    "taylor": TurnedFirst(taylor, positive=True, scores=taylor_scores),
+    "taylor": FeatureMap(taylor, positive=True, rotate_first=True, scores=taylor_scores),
 }
 
 
@@ -385,15 +409,15 @@ FEATURE_MAPS = {
 
 
 def rope_table(positions, width):
-    """cos and sin (T,width/2) of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 off at a million
+    """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 rad off at 10^6
     frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
     angle = positions.to(wide)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, table):
-    """Turns each pair of features of x (B,H,T,d) by the angles of its position; without a table it is x.
+    """Turns each pair of features of x (B,H,T,d) by the angles of its position; returns x itself without a table.
 
     Differs from [7]: pairs are (i, i + d/2), not neighbours; the same up to a permutation of features.
     """
@@ -419,11 +443,11 @@ class ModelConfig:
     causal: bool = True            # False: every token sees all others (encoders; linear and softmax mixers only)
     pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
     feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS
-    feature_dim: int = 0           # linear: width of q and k per head before the feature map; 0 means dim / n_heads
+    feature_dim: int = 0           # linear: width of q and k per head, before the feature map; 0 means dim / n_heads
     expand_v: float = 1.0          # linear: width of v per head, in units of dim / n_heads
-    decay: Literal["none", "fixed", "gated"] = "none"  # linear: forget nothing, per head (RetNet), or as the data say
+    decay: Literal["none", "fixed", "gated"] = "none"  # linear: forget nothing, at a rate per head, or as the token says
     delta: bool = False            # linear: delta rule, write v minus what the state already answers to k
-    beta_max: float = 1.0          # linear: largest write strength of the delta rule; 2 can flip a sign, to count
+    beta_max: float = 1.0          # linear: largest beta of the delta rule; above 1 a write can flip signs in the state
     normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
     short_conv: bool = False       # all but conv: causal depthwise convolution over 4 tokens on q, k and v
     output_gate: bool = False      # linear: multiply the output by SiLU of a projection of the input
@@ -431,7 +455,7 @@ class ModelConfig:
     window: int = 64               # window: tokens each token sees, itself included
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # the feed-forward half of a block
-    mlp_ratio: float = 4.0         # its parameters, in units of 2 dim^2; 0 leaves it out
+    mlp_ratio: float = 4.0         # width of the MLP, in units of dim (swiglu: of as many parameters); 0 leaves it out
     tied: bool = True              # the output projection is the embedding
     dropout: float = 0.0           # on the embedding and on every residual branch
     tokenizer: str = ""            # whose ids the tokens are, name:hash; train.py takes it from the dataset
@@ -467,7 +491,7 @@ class Projection(nn.Linear):
         super().__init__(width_in, width_out, bias=False)
 
     def forward(self, x):
-        return speedups.project(x, self.weight)                       # F.linear(x, W), on all cores for few rows
+        return speedups.project(x, self.weight)                       # F.linear(x, W), faster for few rows on a CPU
 
 
 def split_heads(x, n_heads, widths):
@@ -499,42 +523,44 @@ class CausalConv(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Linear attention with the sum normaliser [1, 2]. Its state is S (B,H,K,V+1), with the column of the sums."""
+    """Linear attention with the sum normaliser [1, 2].
+
+    Its state is (None, S): S (B,H,K,V+1), with the column of the denominator, and no inputs of a convolution.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.map = FEATURE_MAPS[config.feature_map]
+        self.options = {"chunk_size": config.chunk_size, "scores": self.map.scores}
         self.widths = [config.n_heads * width for width in (config.key_dim, config.key_dim, config.value_dim)]
         self.qkv = Projection(config.dim, sum(self.widths))
         self.out = Projection(self.widths[2], config.dim)
 
     def forward(self, x, state, ropes):                               # x (B,T,D)
         _, S = state or (None, None)
-        q, k, v = split_heads(self.qkv(x), self.config.n_heads, self.widths)
+        q, k, v = split_heads(self.qkv(x), self.config.n_heads, self.widths)  # q and k still before phi
         # attend(q, k, v, S, rope), recomputed for the backward pass: cheap to compute, and large to keep.
         y, S = speedups.checkpointed(self.attend, q, k, v, S, ropes.get(q.shape[-1]))
         return self.out(merge_heads(y)), (None, S)
 
     def attend(self, q, k, v, S, rope):
-        q, k, q_sum, k_sum = self.map.pairs(q, k, rope)
-        form, options = self.form(q)
-        return normalised(form, q, k, v, q_sum, k_sum, state=S, **options)
+        q, k, q_den, k_den = self.map.pairs(q, k, rope)
+        return normalised(self.form(q), q, k, v, q_den, k_den, state=S, **self.options)
 
     def form(self, q):
-        """Which form suits q (B,H,T,K), and its options."""
+        """The form that suits q (B,H,T,K)."""
         if not self.config.causal:
-            return linear_attention_bidirectional, {}
-        if q.shape[2] == 1:
-            return linear_attention_recurrent, {}
-        return linear_attention_chunked, {"chunk_size": self.config.chunk_size, "scores": self.map.scores}
+            return linear_attention_bidirectional
+        return linear_attention_recurrent if q.shape[2] == 1 else linear_attention_chunked
 
 
 class ExtendedLinearAttention(LinearAttention):
-    """The same with what came later, in any combination: each option of the configuration is one `if` below.
+    """LinearAttention with the options of later papers, in any combination.
 
-    [3]: decay=fixed, normaliser=rms, output_gate. [5]: delta, normaliser=rms, short_conv. [6]: all of these, gated.
-    Its state is the inputs that the convolution still needs, and S (B,H,K,V), or (B,H,K,V+1) with the sum.
+    [3]: decay=fixed, normaliser=rms, output_gate. [5]: delta, normaliser=rms, short_conv. [6]: the same as [5], with
+    decay=gated and output_gate.
+    Its state is (the last inputs of the convolution, S): S (B,H,K,V), or (B,H,K,V+1) with normaliser=sum.
     """
 
     def __init__(self, config):
@@ -572,11 +598,13 @@ class ExtendedLinearAttention(LinearAttention):
         return self.out(y), (conv_state, S)
 
     def attend(self, q, k, v, S, rope, log_decay, beta):
-        q, k, q_sum, k_sum = self.map.pairs(q, k, rope)
-        form, options = self.form(q)
+        q, k, q_den, k_den = self.map.pairs(q, k, rope)
+        form = self.form(q)
         if self.config.normaliser == "sum":
-            return normalised(form, q, k, v, q_sum, k_sum, log_decay, S, **options)
-        return form(q, k, v, log_decay, beta, S, **options)
+            return normalised(form, q, k, v, q_den, k_den, log_decay, S, **self.options)
+        if form is linear_attention_chunked:
+            return form(q, k, v, log_decay, beta, S, **self.options)
+        return form(q, k, v, log_decay, beta, S)
 
     def log_decay(self, x):
         """(B,T,D) -> (B,H,T), or None. In fp32 or wider: bf16 cannot tell decays near 1 from 1."""
@@ -590,18 +618,14 @@ class ExtendedLinearAttention(LinearAttention):
         return None
 
     def strength(self, x):
-        """The delta rule's beta: (B,T,D) -> (B,H,T), or None.
-
-        A write turns S into (I - beta k k^T) S + ...: at beta = 2 it reflects what S holds along k, so that a state can
-        count modulo 2, which no beta up to 1 can [9].
-        """
+        """The delta rule's beta: (B,T,D) -> (B,H,T), or None. Beyond 1 it lets a state count modulo 2 [9]."""
         if not self.config.delta:
             return None
         return self.config.beta_max * self.beta(x).sigmoid().transpose(1, 2)
 
 
-def linear_attention(config):
-    """The plain mixer where the configuration asks for no more, so that its path stays plain."""
+def linear_mixer(config):
+    """LinearAttention, or where the configuration asks for more, ExtendedLinearAttention."""
     plain = (config.normaliser == "sum" and config.decay == "none"
              and not (config.delta or config.short_conv or config.output_gate))
     return LinearAttention(config) if plain else ExtendedLinearAttention(config)
@@ -609,20 +633,19 @@ def linear_attention(config):
 
 def naive_softmax_attention(q, k, v, causal=True, window=None):
     """Softmax attention of q (B,H,T,d), the last T tokens, over k and v (B,H,past+T,d): all, or the last `window`."""
-    tokens = k.shape[2]
-    past = tokens - q.shape[2]
-    age = torch.arange(past, tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)
-    hidden = (causal & (age < 0)) | (age >= (window or tokens))
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -math.inf).softmax(-1)
+    length = k.shape[2]
+    past = length - q.shape[2]
+    age = torch.arange(past, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    masked = (causal & (age < 0)) | (age >= (window or length))
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(masked, -math.inf).softmax(-1)
     return weights @ v
 
 
 def softmax_attention(q, k, v, causal=True, window=None):
     """The same by the fastest kernels there are."""
-    T, tokens = q.shape[2:3] + k.shape[2:3]
-    if window is not None and tokens > window:
+    if window is not None and k.shape[2] > window:
         return speedups.window_attention(q, k, v, window)
-    if T == tokens:
+    if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return speedups.cached_attention(q, k, v)
 
@@ -630,8 +653,8 @@ def softmax_attention(q, k, v, causal=True, window=None):
 class SoftmaxAttention(nn.Module):
     """The baseline: over all tokens, in O(T^2), with a state, all keys and values, that grows.
 
-    With a window, over the last w tokens, exactly: O(T w), with a state of the last w - 1 keys and values. A ring
-    buffer holds the same, but this is in order and never overwritten, so one state can be continued in several ways.
+    With a window, over the last w tokens, exactly: O(T w), with a state of the last w - 1 keys and values.
+    Its state is (the last inputs of the convolution or None, (k, v)).
     """
 
     def __init__(self, config, window=None):
@@ -679,11 +702,12 @@ class GatedConv(nn.Module):
 # A mixer is a module made from the configuration and called as mixer(x, state, ropes): x (B,T,D), of any T >= 1; the
 # state it returned for the tokens before, or None at the start of a text; ropes, {head width: rope_table} for pos=rope.
 # It returns its output (B,T,D) and its new state. The state is a tensor, or tuples, lists or dicts of tensors and None,
-# on x.device, first dimension B; what is not a tensor would be frozen when decoding is recorded as a CUDA graph. Where
-# its shapes stay the same from token to token, as all but softmax's do, decoding is recorded. Reading a text in pieces
-# must give what reading it at once gives. Yours is one more line here, or model.MIXERS["name"] = ... in your own file.
+# on x.device, first dimension B. Where its shapes stay the same from token to token, as all but softmax's do, decoding is
+# recorded as a CUDA graph, which would capture anything else as a constant: a state with a number in it is not recorded.
+# Reading a text in pieces must give what reading it at once gives. Yours is one more line here, or in a file of your
+# own, model.MIXERS["name"] = ..., which train.py, sample.py and eval.py import by --plugin=FILE.
 MIXERS = {
-    "linear": linear_attention,
+    "linear": linear_mixer,
     "window": lambda config: SoftmaxAttention(config, config.window),
     "softmax": SoftmaxAttention,
     "conv": GatedConv,
@@ -740,7 +764,7 @@ class Block(nn.Module):
         return x, state
 
 
-class LM(nn.Module, Shared):
+class LM(nn.Module, HubMixin):
     """The language model: embedding, blocks, a final norm, and the output projection."""
 
     def __init__(self, config: ModelConfig):
@@ -758,8 +782,8 @@ class LM(nn.Module, Shared):
         if config.tied:
             self.unembed.weight = self.embed.weight
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):         # Projection is an nn.Linear
-                # As GPT-2: the outputs of 2 depth branches add up.
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # As GPT-2: the outputs of 2 * depth residual branches add up.
                 std = 0.02 / (2 * config.depth) ** 0.5 if name.endswith(".out") else 0.02
                 nn.init.normal_(module.weight, std=std)
 
@@ -767,7 +791,8 @@ class LM(nn.Module, Shared):
         """Reads the tokens idx (B,T), each below vocab_size, after those that made state (None: a new text).
 
         Training, evaluation, prefill and single steps are this one call: any split of a text gives the same result.
-        Returns: (logits (B,T,vocab_size), state), or with targets (B,T) (mean cross-entropy in nats where >= 0, state).
+        Returns: (logits (B,T,vocab_size), state); with targets (B,T) (loss, state), the mean cross-entropy in nats over
+          targets >= 0.
         Raises: ValueError for no tokens, targets of another shape, a state with causal=False, or no learned position.
         """
         x, state = self.hidden(idx, state)
@@ -820,7 +845,7 @@ class LM(nn.Module, Shared):
         return F.cross_entropy(logits.float(), targets.where(targets >= 0, -100))
 
     def loss(self, x, targets):
-        """The same, without all logits in memory at once: with 50,257 tokens they are larger than all else."""
+        """The same, without all (B T, vocab_size) logits in memory: they would be the largest tensor of a step."""
         return speedups.linear_cross_entropy(x.flatten(0, 1), self.unembed.weight, targets.flatten(),
                                              self.config.vocab_size, self.softmax_loss)
 
@@ -828,15 +853,15 @@ class LM(nn.Module, Shared):
     def generate(self, idx, max_new_tokens, temperature=1, top_k=0, top_p=1.0, generator=None, state=None, piece=4096):
         """Yields one token for each text of idx (B,T), max_new_tokens times. Memory grows only with softmax mixers.
 
-        The prompt is read in pieces through the chunked form, then every token through the recurrent one. temperature 0
-        takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that together have p.
-        Yields: (tokens (B,), the state before them, which the next token may overwrite).
+        Linear mixers read the prompt, in pieces, by the chunked form, and each new token by the recurrent one.
+        temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that together
+        have p. Yields: (tokens (B,), the state before them; on a GPU the next step overwrites it, so clone it to keep).
         """
         step = self.read
         if idx.is_cuda and self.config.pos != "learned":
             step = speedups.recorded(step)                            # the same as one CUDA graph
         for _ in range(max_new_tokens):
-            for part in idx.split(piece, dim=1):
+            for part in idx.split(piece, dim=1):                      # the prompt, later the one token just drawn
                 logits, state = step(part, state)
             token = choose(logits, temperature, top_k, top_p, generator)
             yield token, state
@@ -859,8 +884,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
         likelier = p.cumsum(-1) - p                                   # the probability of all likelier tokens
-        kept = logits.gather(1, order).masked_fill(likelier >= top_p, -math.inf)
-        logits = logits.scatter(1, order, kept)
+        dropped = (likelier >= top_p) & (likelier > 0)                # the likeliest always stays
+        logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(dropped, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -874,7 +899,7 @@ def state_bytes(state):
 
 
 def check_config(config):
-    """ValueError, with one sentence that says what to set, for a configuration that no model can be made of."""
+    """ValueError, with one sentence that says what to set, for a configuration that makes no model."""
     kinds = get_type_hints(ModelConfig) | {"feature_map": Literal[tuple(FEATURE_MAPS)]}
     for name, kind in kinds.items():
         if get_origin(kind) is Literal:
@@ -913,4 +938,8 @@ def check_linear(config):
         require(not (phi.can_vanish and config.pos == "rope"), f"feature_map={name} can make all weights zero, and "
                 "pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
         require(not config.delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms")
+    if config.pos == "rope" and not phi.rotate_first:
+        width = phi.phi(torch.zeros(1, config.key_dim)).shape[-1]
+        require(width == config.key_dim, f"feature_map={name} makes {width} features of {config.key_dim}, and pos=rope "
+                "turns them in the width of a head: give it rotate_first=True, or take pos=none")
     require(phi.unit or not config.delta, "delta=True diverges unless keys have length 1: take feature_map=silu_l2")

@@ -62,16 +62,32 @@ def causal_conv(x, weight):
 
 
 def window_attention(q, k, v, w):
-    """Softmax attention over the last w tokens, O(T w): blocks of n queries, each beside its own n keys and the w before.
+    """Softmax attention over the last w tokens, O(T w). q (B,H,T,d) are the last T tokens of k and v (B,H,past+T,d)."""
+    T, d = q.shape[2:]
+    on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d <= 256
+    if on_gpu and T == k.shape[2] and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return flash_window(q, k, v, w)
+    return window_in_blocks(q, k, v, w)
 
-    Args: q (B,H,T,d), the last T tokens of k and v (B,H,past+T,d). Keys before the first token are zeros, hidden.
-    """
+
+def flash_window(q, k, v, w):
+    """FlashAttention with a window, of torch's own build of it. Forward and backward of 65,536 tokens on an H100, 4 heads
+    of 128, w = 256: 1.23 ms at T = 1024 and 1.28 at 8192. In blocks 5.0 and 4.9, compiled 3.4 and 3.4; FlexAttention,
+    which runs compiled only, 1.35 and 1.24; varlen_attn, which is public, 1.77 and 1.76."""
     T = q.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                  # (B,T,H,d), as the projection left them
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, T, T, 0.0, True, False, window_size_left=w - 1, window_size_right=0)
+    return y.transpose(1, 2)
+
+
+def window_in_blocks(q, k, v, w):
+    """Blocks of n queries, each beside its own n keys and the w before. Keys before the first are zeros, masked."""
+    B, H, T, _ = q.shape
     past = k.shape[2] - T
     n = min(w, T)
     blocks = [F.pad(x, (0, 0, w - past, -T % n)).unfold(2, w + n, n).mT for x in (k, v)]
     k, v = (x.flatten(0, 1) for x in blocks)                          # (B H,N,w+n,d)
-    B, H = q.shape[:2]
     q = F.pad(q, (0, 0, 0, -T % n)).unflatten(2, (-1, n)).flatten(0, 1)  # (B H,N,n,d)
     key = torch.arange(w + n, device=q.device)
     age = torch.arange(n, device=q.device)[:, None] + w - key         # (n,w+n), 0 is the token itself

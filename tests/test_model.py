@@ -211,12 +211,12 @@ def test_the_sum_normaliser_is_what_values_of_one_read_over_any_split(form, weig
     x = {name: value.detach().abs() for name, value in operands(70, state=False, K=4).items()}
     q, k, v = x.values()
     g = -torch.rand(2, 2, 70).double()
-    q_sum, k_sum = (q, k) if weights == "q and k" else (torch.rand_like(q), torch.rand_like(k))
+    q_den, k_den = (q, k) if weights == "q and k" else (torch.rand_like(q), torch.rand_like(k))
     y, S = FORMS[form](q, k, v, g)
-    sums, Z = FORMS[form](q_sum, k_sum, torch.ones_like(v[..., :1]), g)
+    sums, Z = FORMS[form](q_den, k_den, torch.ones_like(v[..., :1]), g)
     wanted, state, ys = (y / (sums + 1e-6), torch.cat([S, Z], dim=-1)), None, []
     for part in (slice(0, 66), slice(66, 70)):
-        q_part, k_part, v_part, g_part, *pair = (a[:, :, part] for a in (q, k, v, g, q_sum, k_sum))
+        q_part, k_part, v_part, g_part, *pair = (a[:, :, part] for a in (q, k, v, g, q_den, k_den))
         pair = (q_part, k_part) if weights == "q and k" else pair
         y, state = normalised(FORMS[form], q_part, k_part, v_part, *pair, g_part, state)
         ys.append(y)
@@ -858,11 +858,42 @@ def test_a_state_does_not_grow_over_300_tokens_unless_it_is_softmax(preset):
         parts = [x for x in tree_leaves(state) if x is not None]
         sizes.append(sum(x.untyped_storage().nbytes() for x in parts))           # what a view keeps alive counts too
     assert sizes[-1] == sum(x.numel() * x.element_size() for x in parts)
-    assert (sizes[0] == sizes[-1]) == (preset != "softmax")
+    assert (sizes[0] == sizes[-1]) == ("softmax" not in preset)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration and initial weights
+
+
+def test_a_feature_map_that_changes_the_width_is_refused_with_rope_unless_it_is_rotated_first(monkeypatch):
+    def twice(x):
+        return torch.cat([x, -x], dim=-1).relu() + 0.1
+    monkeypatch.setitem(FEATURE_MAPS, "twice", model.FeatureMap(twice, positive=True))
+    with pytest.raises(ValueError, match="rotate_first=True, or take pos=none"):
+        tiny(feature_map="twice")
+    assert tiny(feature_map="twice", pos="none")(torch.zeros(1, 5, dtype=torch.long))
+    monkeypatch.setitem(FEATURE_MAPS, "twice", model.FeatureMap(twice, positive=True, rotate_first=True))
+    assert tiny(feature_map="twice")(torch.zeros(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("options", [dict(), dict(pos="rope", decay="gated", short_conv=True, output_gate=True)], ids=str)
+def test_under_autocast_a_form_is_given_and_a_mixer_returns_the_dtype_of_the_matrix_products(feature_map, options, monkeypatch):
+    normaliser = "sum" if FEATURE_MAPS[feature_map].positive and feature_map != "relu" else "rms"
+    lm = LM(ModelConfig(**{**TINY, "feature_map": feature_map, "normaliser": normaliser, **options}))
+    name = "normalised" if normaliser == "sum" else "linear_attention_chunked"
+    function, seen = getattr(model, name), []
+
+    def spy(*args, **options):
+        seen.extend([x.dtype for x in args if torch.is_tensor(x)][:3])
+        return function(*args, **options)
+    monkeypatch.setattr(model, name, spy)
+    outputs = []
+    for block in lm.blocks:
+        block.mixer.register_forward_hook(lambda module, inputs, result: outputs.append(result[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        lm(torch.zeros(1, 9, dtype=torch.long))
+    assert {*seen, *outputs} == {torch.bfloat16} and seen and outputs
 
 
 @pytest.mark.parametrize("word, options", [

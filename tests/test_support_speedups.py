@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM, ModelConfig, Projection
+from model import LM, ModelConfig, Projection, naive_softmax_attention
 from support import speedups
 from support.speedups import SoftmaxLoss
 from test_model import TINY, Largest, close, same_numbers_every_time  # noqa: F401 (a fixture)
@@ -70,3 +70,18 @@ def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkey
 @pytest.mark.parametrize("part", [5, torch.zeros(1, device="meta")], ids=["number", "another device"])
 def test_a_state_with_what_a_graph_would_freeze_is_not_recorded(part, monkeypatch):
     assert set(run_recorded(monkeypatch, lambda state: [torch.zeros(3), part])) == {"read"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("T, w", [(5, 4), (300, 64), (1024, 256)])
+def test_a_window_on_a_gpu_is_the_naive_one_in_values_and_gradients(T, w):
+    inputs = [torch.randn(2, T, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    wanted = naive_softmax_attention(q.float(), k.float(), v.float(), window=w)
+    upstream = torch.randn_like(wanted)
+    wanted_gradients = torch.autograd.grad(wanted, inputs, upstream)
+    for window in (speedups.flash_window, speedups.window_in_blocks):
+        y = window(q, k, v, w)
+        gradients = torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+        for got, exact in zip((y, *gradients), (wanted, *wanted_gradients)):
+            assert (got.float() - exact.float()).norm() < 0.01 * exact.float().norm()
