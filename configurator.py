@@ -37,7 +37,13 @@ NANOGPT = {"n_layer": "depth", "n_embd": "dim", "n_head": "n_heads", "block_size
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one plain sentence that says what is wrong and how to mend it."""
+    """Something the user can fix. The message is one plain sentence that says what is wrong and how to fix it."""
+    code = 2  # the exit code
+
+
+class Failed(UserError):
+    """The work came to nothing, and nothing the user typed is wrong: a model whose weights are NaN."""
+    code = 1
 
 
 # Values: computed from the syntax tree, so that nothing a user writes is ever run.
@@ -268,29 +274,37 @@ def help_text(classes, doc, config_file):
 
 
 def command(main):
-    """Runs main() as a program: UserError is one line on stderr and exit code 2, Ctrl-C 130, `| head` no complaint."""
-    program, message, code = Path(sys.argv[0]).name, "", 0
+    """Runs main() as a program, which ends with one line on stderr instead of a traceback.
+
+    Exit code 2 is for a UserError and for what the system refuses, 1 for Failed, 130 for Ctrl-C; `| head` is no error.
+    """
+    open_closed_streams()
+    sys.stdout.reconfigure(errors="replace")  # characters that this terminal lacks
+    program = Path(sys.argv[0]).name
+    message = ""
+    code = 0
     try:
         main()
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except UserError as error:
-        message, code = " ".join(str(error).split()), 2
+        message = str(error)
+        code = error.code
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        message = "interrupted"
+        code = 130
     except BrokenPipeError:  # the reader has left, and 141 is the shell's SIGPIPE
         code = 141
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            message, code = f"a name is too long: {show(error.filename)}", 2
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            message, code = f"cannot read or write {error.filename or 'what it prints, or a file'}: {error.strerror}", 2
-        else:
+    except (OSError, ValueError) as error:
+        message = refusal(error)
+        code = 2
+        if not message:
             raise
     try:
         sys.stdout.flush()
     except OSError:  # what is still buffered goes nowhere, or Python would try, and complain, at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
+        message = printable(message)
         print(f"{program}: {message}", file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's report of 40 lines ends with what it holds
             said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}  # others stop after this
@@ -298,3 +312,31 @@ def command(main):
                 Path(report).write_text(json.dumps({"message": said}))
     if code:
         sys.exit(code)
+
+
+def open_closed_streams():
+    """Opens a closed stdin, stdout or stderr on the null device: otherwise the next file would take its number, and
+    what is printed would go into that file."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_WRONLY)  # the lowest that is free; reading a closed stdin stays an error
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
+
+
+def refusal(error):
+    """One line for an error of the system, which the user can fix, or "" for any other."""
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"no file can be named {show(error.object)}"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a file name holds a NUL character"
+    if not isinstance(error, OSError) or error.strerror is None:
+        return ""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files: raise the limit with `ulimit -n 65536` ({error.filename or 'no file named'})"
+    return f"cannot read or write {error.filename or 'what it prints, or a file'}: {error.strerror}"
+
+
+def printable(text):
+    """text on one line, with its control characters escaped: the name of a file could clear the screen."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

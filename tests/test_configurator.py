@@ -233,6 +233,8 @@ def test_key_without_default_must_be_given():
 
 PROGRAM = '''
 """What this program does."""
+import os
+import resource
 import sys
 from dataclasses import dataclass
 import configurator
@@ -254,6 +256,17 @@ def main():
         raise configurator.UserError("cannot write, No space left")
     if config.fail == "ctrl-c":
         raise KeyboardInterrupt
+    if config.fail == "model":
+        raise configurator.Failed("the weights are not numbers")
+    if config.fail == "write":
+        with open("written", "w") as file:
+            file.write("mine\\n")
+            os.write(1, b"printed\\n")
+            print("printed", sys.stdin.fileno())
+    if config.fail.startswith("os."):
+        eval(config.fail)
+    if config.fail:
+        open(config.fail)
     for _ in range(config.dim):
         print("x" * 1000)
 
@@ -328,6 +341,48 @@ def test_a_full_disk_under_stdout_is_one_line(program):
     for arguments in ("--dim=8", "--dim=8000", "--help", "--fail=late"):
         code, _, err = program(f"{arguments} > /dev/full")
         assert code == 2 and err.startswith("toy.py: cannot") and "No space left" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fail, reason", [
+    ("folder", "folder: Is a directory"), ("folder/none", "folder/none: No such file"), ("toy.py/x", "toy.py/x: Not a dir"),
+    ("x" * 300, "File name too long"), ("loop", "loop: Too many levels of symbolic links"),
+    ("os.mkdir('folder')", "folder: File exists"), ("os.rmdir('full')", "full: Directory not empty"),
+    ("os.listdir('toy.py')", "toy.py: Not a directory"), ("os.kill(1, 0)", "Operation not permitted"),
+    ("os.open('toy.py', resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)) or 0)", "ulimit -n"),
+    ("os.stat('a' + chr(0))", "a NUL character"), ("os.stat(chr(0xd800))", "no file can be named"),
+    ("private", "private: Permission denied")])
+def test_what_the_system_refuses_is_one_line_with_the_name_of_the_file(program, tmp_path, fail, reason):
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "private").touch(mode=0)
+    if fail in ("private", "os.kill(1, 0)") and os.geteuid() == 0:
+        pytest.skip("root may do everything")
+    code, out, err = program(f"""--fail="{fail}" """)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("toy.py: ") and reason in err, err
+
+
+def test_a_failure_that_no_other_command_line_mends_is_exit_code_1(program):
+    assert program("--fail=model") == (1, "", "toy.py: the weights are not numbers\n")
+
+
+def test_names_with_control_characters_do_not_reach_the_terminal(program):
+    code, _, err = program(r"--fail=$'a\e[2J\e]0;title\ab\xff'")
+    assert code == 2 and err.isascii() and err[:-1].isprintable() and r"a\x1b[2J\x1b]0;title\x07b\udcff" in err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_the_null_device_and_no_file_takes_its_place(program, tmp_path, closed):
+    assert program(f"--fail=write --dim=8 {closed}")[0] == 2                       # it then opens a file called write
+    assert (tmp_path / "written").read_text() == "mine\n"
+    assert program(f"--dim=8 {closed}")[0] == 0
+    assert program(f"--dim=9 {closed}")[0] == 2
+
+
+def test_a_terminal_that_lacks_a_character_is_no_reason_to_fail(program):
+    shell = f"PYTHONIOENCODING=ascii '{sys.executable}' -c \"import configurator; configurator.command(lambda: print(chr(233)))\""
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=Path(configurator.__file__).parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n", "")
 
 
 # No input gives anything else than a config, a UserError, or help
