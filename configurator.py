@@ -1,6 +1,6 @@
 """Dataclass defaults + config files + flags -> validated config objects.
 
-    python train.py config/tiny.py --dim=8*16 --lr=3e-4 --compile
+    python train.py config/tiny.py --dim=8*16 --lr 3e-4 --compile
 
 A config class is a dataclass; the comment that ends a field's line is its meaning, shown by --help. Later values win:
 defaults, then config files in the order given, then flags. nanoGPT runs its config files with exec, so a misspelt key
@@ -126,6 +126,13 @@ def first_fit(values, kinds):
     raise ValueError("none fits")
 
 
+def fits(values, kind):
+    with contextlib.suppress(ValueError):
+        first_fit(values, [kind])
+        return True
+    return False
+
+
 def wanted(kind):
     """An annotation in words: "a whole number", "a number or None", "'auto', 'fp32' or 'bf16'"."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -188,17 +195,31 @@ def read_config_file(path):
     return settings
 
 
+def joined(argv, *classes):
+    """argv with `--key value` as `--key=value`. A key that stands without a value takes only a word that fits it."""
+    kinds = [typing.get_type_hints(cls) for cls in classes]
+    words = []
+    for word in argv:
+        before = words[-1] if words else ""
+        if before.startswith("--") and "=" not in before and not word.startswith("--"):
+            key = before[2:]
+            takes = [kind[key] for kind in kinds if key in kind]
+            if not any(fits([True], kind) for kind in takes) or any(fits(readings(word), kind) for kind in takes):
+                words[-1] = f"{before}={word}"
+                continue
+        words.append(word)
+    return words
+
+
 def read_arguments(argv, config_file):
     """The settings in the config files, then those in the flags; a flag without "=" means True."""
     from_files, from_flags = [], []
-    for before, argument in zip(["", *argv], argv):
+    for argument in argv:
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
             from_flags.append((f"--{key}", key, text if equals else True, readings(text) if equals else [True]))
         elif argument.endswith(".py") and config_file:
             from_files += read_config_file(argument)
-        elif before.startswith("--") and "=" not in before:
-            raise UserError(f"{before} and its value are written as one word: {before}={argument}")
         else:
             raise UserError(f"{show(argument)} is not understood: a flag is written --key=value"
                             + ", a config file ends in .py" * config_file)
@@ -222,7 +243,7 @@ def configure(argv, *classes, doc="", config_file=True, inherit=None):
     fields = {cls: {field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes}
     legal = sorted({key for cls in classes for key in fields[cls]})
     given = {cls: {} for cls in classes}
-    for where, key, value, values in read_arguments(argv, config_file):
+    for where, key, value, values in read_arguments(joined(argv, *classes), config_file):
         if key not in legal:
             plain = key.replace("-", "_").lower()
             near, = {NANOGPT.get(plain)} & set(legal) or difflib.get_close_matches(plain, legal, 1, 0)

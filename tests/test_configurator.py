@@ -101,6 +101,21 @@ def test_flag_is_read_as_its_field_wants_it(flag, key, value):
     assert got == value and type(got) is type(value)
 
 
+@pytest.mark.parametrize("argv, key, value", [
+    ("--dim 8*4", "dim", 32), ("--max_steps -3", "max_steps", -3), ("--dataset a=b", "dataset", "a=b"),
+    ("--dataset x.py", "dataset", "x.py"), ("--window none", "window", None), ("--files a,b", "files", ["a", "b"]),
+    ("--resume auto", "resume", "auto"), ("--resume --dim 8", "resume", True), ("--compile false", "compile", False),
+    ("--compile --dim 8", "compile", True), ("--compile x.py", "compile", True), ("--compile 1 x.py", "compile", True),
+    ("--lr 1 --dim=8", "lr", 1.0), ("x.py --lr 1", "lr", 1.0), ("--lr 1 x.py", "lr", 1.0)])
+def test_a_value_may_be_the_next_word_of_the_command_line(file, argv, key, value):
+    file("seed = 7")
+    argv = argv.split()
+    got = flags(*argv)
+    assert got[key] == value and type(got[key]) is type(value)
+    assert got["seed"] == (7 if "x.py" in argv and "--dataset" not in argv else 1)
+    assert flags(*configurator.joined(argv, Model, Train)) == got
+
+
 def test_flag_and_file_give_the_same_value(file):
     for key, text in ("max_steps", "1e4"), ("lr", "3"), ("dim", "2**6"), ("betas", "[1, 0.5]"):
         assert repr(file(f"{key} = {text}")[key]) == repr(flags(f"--{key}={text}")[key])
@@ -119,7 +134,9 @@ def test_key_of_several_classes_sets_them_all():
     (["--dim=abc"], ["--dim must be a whole number, got 'abc'"]), (["--dim=3.5"], ["must be a whole number, got '3.5'"]),
     (["--dim=true"], ["must be a whole number, got 'true'"]), (["--dim=1e23"], ["must be a whole number"]),
     (["--dim="], ["must be a whole number, got ''"]), (["--dim"], ["--dim must be a whole number, got no value: write --dim="]),
-    (["--dim", "8"], ["--dim=8"]), (["--dim=dim"], ["must be a whole number"]),
+    (["--dim", "--lr", "1"], ["got no value: write --dim="]), (["--dim", "x"], ["--dim must be a whole number, got 'x'"]),
+    (["--dmi", "8"], ["--dmi ", "nearest is dim"]), (["--compile", "maybe"], ["'maybe' is not understood"]),
+    (["--dim=dim"], ["must be a whole number"]),
     (["--lr=nan"], ["--lr must be a number, got 'nan'"]), (["--lr=inf"], ["must be a number"]),
     (["--lr=1e999"], ["must be a number"]), (["--lr=(-1)**0.5"], ["must be a number"]), (["--lr=1/0"], ["must be a number"]),
     (["--lr=True"], ["must be a number"]),
