@@ -2,7 +2,7 @@
 
     python train.py config/tiny.py --dim=8*16 --lr 3e-4 --compile
 
-A config class is a dataclass; the comment that ends a field's line is its meaning, shown by --help. Later values win:
+A config class is a dataclass called *Config; the comment that ends a field's line is its meaning, shown by --help. Later values win:
 defaults, then config files in the order given, then flags. nanoGPT runs its config files with exec, so a misspelt key
 passes silently and a file can do anything. Here a config file is data: `key = value` lines that are parsed and never
 run; a key that no class has, or a value that is not of the field's type, is an error that says where and what to write.
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import inspect
+import itertools
 import json
 import math
 import operator
@@ -164,6 +164,8 @@ def readings(text):
 
 def read_config_file(path):
     """The assignments of one config file; `where` is "config/x.py:3: dim"."""
+    if Path(path).is_fifo():
+        raise UserError(f"{path}: cannot be read as a config file: it is a pipe")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         tree = parse(text, name=path)
@@ -226,19 +228,16 @@ def read_arguments(argv, config_file):
     return from_files + from_flags
 
 
-def configure(argv, *classes, doc="", config_file=True, inherit=None):
+def configure(argv, *classes, config_file=True, inherit=None):
     """One validated instance of each dataclass, from its defaults, the config files and the flags in argv.
 
-    Args: argv, sys.argv[1:]; classes, dataclasses (a key that several have sets them all); doc, the program's
-    docstring, for --help; config_file, whether the program takes config files; inherit, a function of the instances
-    so far that gives defaults {key: value} for the next class.
+    Args: argv, sys.argv[1:]; classes, dataclasses (a key that several have sets them all); config_file, whether the
+    program takes config files; inherit, a function of the instances so far that gives defaults {key: value} for the
+    next class.
     Returns: a tuple of instances, in the order of classes.
     Raises: UserError for an unknown key, an ill-typed or missing value, an unreadable file, and with the text of any
-    ValueError that a __post_init__ raises. SystemExit(0) after --help.
+    ValueError that a __post_init__ raises.
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text(classes, doc, config_file), flush=True)
-        raise SystemExit(0)
     kinds = {cls: typing.get_type_hints(cls) for cls in classes}
     fields = {cls: {field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes}
     legal = sorted({key for cls in classes for key in fields[cls]})
@@ -270,29 +269,60 @@ def configure(argv, *classes, doc="", config_file=True, inherit=None):
     return tuple(configs)
 
 
-def help_text(classes, doc, config_file):
-    """The page that --help prints: doc, usage, then every key with its default, its meaning and its type."""
-    width = max(50, min(120, shutil.get_terminal_size().columns))
+# Help: read from the source of a program, so that nothing is imported, and `python -OO` has it too.
+
+def help_first(name, *sources, config_file=True):
+    """Answers --help and ends the program `name`: called before it imports torch, which takes seconds."""
+    if name == "__main__" and {"--help", "-h"} & {*sys.argv[1:]}:
+        command(lambda: print(help_text(sources, config_file), flush=True))
+        sys.exit(0)
+
+
+def help_text(sources, config_file=True):
+    """The docstring of the first source file, the usage, and every setting of the *Config classes in all of them."""
+    texts = [Path(__file__).parent.joinpath(source).read_text(encoding="utf-8") for source in sources]
     program = Path(sys.argv[0])
     name = f"-m {program.parent.name}.{program.stem}" if program.with_name("__init__.py").exists() else program.name
     usage = f"usage: python {name}{' [config/NAME.py ...]' * config_file} [--key=value ...]"
-    page, shown = [doc.strip(), "", usage], set()
-    for cls in classes:
-        page += ["", f"{cls.__name__}:"]
-        source = "\n".join(inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base))
-        kinds = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if field.name in shown or not field.init:
-                continue
-            shown.add(field.name)
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            value = "" if default is dataclasses.MISSING else default
-            comment = re.search(rf"^ +{field.name} *:.*?  # *(.*)$", source, re.MULTILINE)
-            meaning = f"{comment[1] if comment else ''} ({wanted(kinds[field.name])})".strip()
-            page += textwrap.wrap(meaning, width, initial_indent=f"  --{field.name}={value}".ljust(29) + " ",
-                                  subsequent_indent=" " * 30)
+    page = [ast.get_docstring(ast.parse(texts[0]), clean=False).strip(), "", usage]
+    width = max(50, min(120, shutil.get_terminal_size().columns))
+    shown = {}
+    for group, key, default, meaning in itertools.chain.from_iterable(map(settings_in, texts)):
+        if key in shown:
+            continue
+        if group not in shown.values():
+            page += ["", f"{group}:"]
+        shown[key] = group
+        page += textwrap.wrap(meaning, width, initial_indent=f"  --{key}={default}".ljust(29) + " ",
+                              subsequent_indent=" " * 30)
     return "\n".join(page)
 
+
+def settings_in(text):
+    """(group, key, default, meaning) of each field of the *Config classes in the text of a source file.
+
+    A comment line above a field begins a group; without one the class is the group.
+    """
+    lines = text.split("\n")
+    for cls in ast.parse(text).body:
+        if not (isinstance(cls, ast.ClassDef) and cls.name.endswith("Config")):
+            continue
+        group = cls.name
+        for node in cls.body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            above = lines[node.lineno - 2].strip()
+            if above.startswith("#"):
+                group = above.lstrip("# ")
+            plain = node.value and not isinstance(node.value, ast.Call)  # not field(default_factory=...)
+            default = evaluate(node.value) if plain else ""
+            comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
+            hints = types.SimpleNamespace(__annotations__={"kind": ast.unparse(node.annotation)})
+            kind = typing.get_type_hints(hints, vars(typing))["kind"]
+            yield group, node.target.id, default, f"{comment} ({wanted(kind)})".strip()
+
+
+# A program's beginning and end.
 
 def command(main):
     """Runs main() as a program, which ends with one line on stderr instead of a traceback.

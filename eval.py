@@ -13,7 +13,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__)
+
 from support.files import read_text                                               # support comes before torch
 from support.machine import autocast, out_of_memory, pick_device
 
@@ -144,7 +147,7 @@ def run_tasks(config, harness):
 
 @out_of_memory("take a smaller --batch_size, or --context=1024")
 def main():
-    config, = configure(sys.argv[1:], EvalConfig, doc=__doc__)
+    config, = configure(sys.argv[1:], EvalConfig)
     device = pick_device(config.device)
     model, tokenizer, precision = open_model(config, device)
     context = config.context or default_context(model)

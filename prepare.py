@@ -40,7 +40,10 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__)
+
 from support.dataset import (NoDocuments, bin_problems, check_not_empty, clean, load_tokenizer, read_sealed, remake,
                              seal, within, write_sealed)
 from support.files import file_sha256, locked, replacing
@@ -567,7 +570,7 @@ def verify(folder):
 
 
 def main(argv=None):
-    (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig, doc=__doc__)
+    (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig)
     with locked(config.folder):
         manifest = verify(config.folder) if config.verify else prepare(config)
     entries = manifest["files"].values()

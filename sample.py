@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__)
+
 from support.files import read_text, replacing                                    # support comes before torch
 from support.machine import autocast, out_of_memory, pick_device
 
@@ -122,7 +125,7 @@ def check_prompt(prompt, state, config, max_new_tokens):
 
 @out_of_memory("take a smaller --num_samples")
 def main():
-    config, = configure(sys.argv[1:], SampleConfig, doc=__doc__)
+    config, = configure(sys.argv[1:], SampleConfig)
     sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
     device = pick_device(config.device)
     model, tokenizer, precision = open_model(config, device)

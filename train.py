@@ -25,7 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__, "model.py")
+
 from support.dataset import Dataset, Windows, load_tokenizer                      # support comes before torch
 from support.files import locked, replacing
 from support.machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
@@ -467,8 +470,7 @@ def is_finished(config, step):
 @out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
 @processes()
 def main():
-    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, doc=__doc__,
-                                     inherit=settings_to_start_from)
+    config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, inherit=settings_to_start_from)
     if not model_config.causal:
         raise UserError("causal=False sees the token it should predict: train.py trains next-token models only")
     wanted_trackers(config)                                                       # complain now, not after preparations

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__, "model.py", "train.py")
+
 from support import kernels                                                       # support comes before torch
 from support.dataset import Windows, open_split, read_manifest
 from support.files import write_json
@@ -341,7 +344,7 @@ def vocabulary(config, train_config):
 
 
 def main():
-    bench, config, train_config = configure(sys.argv[1:], BenchConfig, ModelConfig, TrainConfig, doc=__doc__)
+    bench, config, train_config = configure(sys.argv[1:], BenchConfig, ModelConfig, TrainConfig)
     vocabulary(config, train_config)
     device, parts = pick_device(bench.device), bench.parts.split(",")
     bench.precision = pick_precision(bench.precision, device)

@@ -38,7 +38,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, read_config_file
+from configurator import UserError, command, configure, help_first, joined, read_config_file
+
+help_first(__name__, __file__)
+
 from support.dataset import Dataset, Windows                                      # support comes before torch
 from support.files import replacing, write_json
 from support.machine import autocast, device_name, out_of_memory, pick_device, say
@@ -115,11 +118,12 @@ def key_of(flag):
 
 def parse(argv):
     """(CompareConfig, Arms) of a command line. UserError for what train.py would refuse, before anything is trained."""
+    argv = joined(argv, CompareConfig, TrainConfig, ModelConfig)
     flags, texts = ([word for word in argv if word.startswith("-") == dashed] for dashed in (True, False))
     mine = {field.name for field in fields(CompareConfig)}
     taken = mine - {"device", "precision"}                                        # these train.py is given as well
     config, = configure(["--lrs=0.01,0.02"] * (not texts)
-                        + [flag for flag in flags if key_of(flag) in {*mine, "help", "h"}], CompareConfig, doc=__doc__)
+                        + [flag for flag in flags if key_of(flag) in mine], CompareConfig)
     passed = SMALL * (not texts) + [flag for flag in flags if key_of(flag) not in taken]
     arms = [parse_arm(text, passed, taken, config.rates) for text in texts or PRESETS]
     names = [arm.name for arm in arms]

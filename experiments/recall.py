@@ -41,7 +41,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__, config_file=False)
+
 from support.files import write_json                                              # support comes before torch
 from support.machine import autocast, device_name, pick_device, pick_precision, race, say
 from support.report import picture, table
@@ -564,7 +567,7 @@ def measure_costs(names, setting, folder, device, precision):
 
 def main():
     start = time.time()
-    args, = configure(sys.argv[1:], RecallConfig, doc=__doc__, config_file=False)
+    args, = configure(sys.argv[1:], RecallConfig, config_file=False)
     kind, setting = ("full", FULL) if args.full else ("smoke", SMOKE) if args.smoke else ("small", SMALL)
     setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds)
     names = [name for name in setting.models if not args.only or name in args.only.split(",")]

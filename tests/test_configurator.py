@@ -1,11 +1,12 @@
 """Claims about configurator.py: what is accepted, and that every mistake is one plain sentence, never a traceback."""
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -229,6 +230,9 @@ def test_missing_config_file_is_named_with_the_nearest_preset(tmp_path, monkeypa
     with pytest.raises(UserError, match="cannot be read as a config file"):
         (tmp_path / "folder.py").mkdir()
         flags("folder.py")
+    os.mkfifo("pipe.py")
+    with pytest.raises(UserError, match="pipe.py: cannot be read as a config file: it is a pipe"):
+        flags("pipe.py")
 
 
 def test_program_without_config_files_refuses_them():
@@ -255,11 +259,13 @@ import resource
 import sys
 from dataclasses import dataclass
 import configurator
-from configurator import command, configure
+from configurator import command, configure, help_first
+
+help_first(__name__, __file__)
 
 @dataclass
-class Config:
-    dim: int = 64  # width of the model
+class ToyConfig:
+    dim: int = 64  # width of the model # of features
     fail: str = ""  # how to fail
 
     def __post_init__(self):
@@ -267,7 +273,7 @@ class Config:
             raise ValueError(f"dim must be\\n a multiple of 8")
 
 def main():
-    config, = configure(sys.argv[1:], Config, doc=__doc__)
+    config, = configure(sys.argv[1:], ToyConfig)
     if config.fail == "late":
         print("not yet flushed")
         raise configurator.UserError("cannot write, No space left")
@@ -319,27 +325,53 @@ def test_success_is_exit_code_0(program):
     assert (code, out.count("x"), err) == (0, 8000, "")
 
 
-def test_help_shows_doc_and_every_key_with_default_and_meaning(program):
+def test_help_shows_examples_usage_and_every_key_with_default_and_meaning(program):
     code, out, err = program("--dim=oops --help")
     assert (code, err) == (0, "")
-    assert "What this program does." in out and "usage: python toy.py [config/NAME.py ...] [--key=value ...]" in out
-    assert "  --dim=64                    width of the model (a whole number)\n" in out and "--fail=  " in out
+    assert out.startswith("What this program does.") and "usage: python toy.py [config/NAME.py ...] [--key=value ...]" in out
+    assert "  --dim=64                    width of the model # of features (a whole number)\n" in out and "--fail=  " in out
 
 
-def test_help_of_a_program_in_a_package_shows_how_it_is_started():
+@pytest.mark.parametrize("optimised", [[], ["-OO"]])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "eval.py", "prepare.py",
+                                  "experiments.bench", "experiments.compare", "experiments.recall"])
+def test_help_of_every_program_is_whole_and_imports_no_torch(tmp_path, name, optimised):
     root = Path(configurator.__file__).parent
-    out = subprocess.check_output([sys.executable, "-m", "experiments.recall", "--help"], cwd=root, text=True)
-    assert "usage: python -m experiments.recall [--key=value ...]" in out
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported, which takes seconds')")
+    program = [name] if name.endswith(".py") else ["-m", name]
+    done = subprocess.run([sys.executable, *optimised, *program, "--help"], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"\n    python {' '.join(program)}" in done.stdout and f"usage: python {' '.join(program)} [" in done.stdout
+    module = importlib.import_module(name.removesuffix(".py"))
+    configs = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__name__.endswith("Config")]
+    own = [config for config in configs if config.__module__ == name]
+    for config in configs if name in ("train.py", "experiments.bench") else own:
+        for one in fields(config):
+            line, = (line for line in done.stdout.splitlines() if line.startswith(f"  --{one.name}="))
+            assert line.startswith(f"  --{one.name}={one.default}") and len(line) > 30, line
 
 
-def test_help_wraps_to_the_terminal_and_shows_legal_values_and_comments_with_a_hash(capsys, monkeypatch):
+def test_help_wraps_to_the_terminal_and_shows_groups_and_legal_values(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    with pytest.raises(SystemExit) as stop:
-        configure(["-h"], Model, Train, doc="Doc.")
-    page = capsys.readouterr().out
-    assert stop.value.code == 0 and all(len(line) <= 60 for line in page.splitlines() if line.startswith(" "))
-    assert "('none' or 'rope')" in page and "probability # of dropping" in page
-    assert "Model:" in page and "Train:" in page and page.count("--seed=1") == 1
+    (tmp_path / "toy.py").write_text('''"""Doc."""
+class ToyConfig:
+    # What is trained
+    pos: Literal["none", "rope"] = "none"  # positions
+    resume: bool | Literal["auto"] = "auto"  # go on
+
+    # The machine
+    window: int | None = None  # a text that is much longer than the line of a terminal
+    files: list[str] = field(default_factory=list)  # inputs
+    name: str  # no default
+''')
+    page = configurator.help_text([tmp_path / "toy.py"])
+    assert all(len(line) <= 60 for line in page.splitlines() if line.startswith(" "))
+    assert [line for line in page.splitlines() if line.endswith(":")] == ["What is trained:", "The machine:"]
+    assert "positions ('none' or 'rope')" in page
+    assert "(True or False or 'auto')" in page.replace("\n" + 30 * " ", " ")
+    assert "  --name=                     no default (text)" in page and "  --files=                    inputs" in page
+    assert "  --window=None               a text that is much longer\n" + 30 * " " + "than" in page
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(program):
@@ -418,8 +450,6 @@ def is_valid_or_refused(argv):
         model, train = configure(argv, Model, Train)
     except UserError as error:
         assert str(error).strip()
-    except SystemExit as stop:
-        assert stop.code == 0 and ("--help" in argv or "-h" in argv)
     else:
         assert type(model.dim) is int and model.dim % 8 == 0 and model.pos in ("none", "rope")
         assert type(train.lr) is float and abs(train.lr) < 1e101 and type(train.compile) is bool
