@@ -4,20 +4,23 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
+import importlib.machinery
+import importlib.util
 import io
 import json
 import logging
 import os
 import shutil
 import sys
+import traceback
 import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import UserError
+from configurator import Failed, UserError
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import replacing
-from support.machine import pick_precision
+from support.machine import autocast, pick_device, pick_precision
 
 import torch
 
@@ -132,18 +135,54 @@ def load_pretrained(source, device="cpu"):
     return model
 
 
-def open_model(config, device):
-    """The trained model that config names, its tokenizer, and the precision to run it in."""
-    if not config.init_from and not any(Path(config.out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
-        raise UserError(f"no checkpoint {config.out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
-    model = load_pretrained(config.init_from or config.out_dir, device).eval()
+def checkpoint_in(out_dir):
+    """out_dir, or UserError if it holds no checkpoint."""
+    if not any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
+        raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
+    return out_dir
+
+
+def open_model(source, device="auto", precision="auto"):
+    """The model that `source` names, ready to be read from, and its tokenizer. inference(model) runs it as fast as it can.
+
+    Args: source, an out_dir, a checkpoint file, a folder of save_pretrained, or an id of the Hugging Face hub.
+    Raises: UserError for no such model, another tokenizer than here, or weights that are not numbers.
+    """
+    device = pick_device(device)
+    model = load_pretrained(source, device).eval()
     name, _, digest = model.config.tokenizer.partition(":")
     tokenizer = load_tokenizer(name)
     if tokenizer.hash != digest:
         raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
-    probe = config.precision != "auto" or device.type == "cuda"                   # steps are small: fp32 elsewhere
-    precision = pick_precision(config.precision, device) if probe else "fp32"
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise Failed(f"the weights of {source} hold NaN or inf: its training diverged; take an earlier checkpoint")
+    if device.type == "cuda" or precision != "auto":                              # steps are small: fp32 elsewhere
+        precision = pick_precision(precision, device)
     if precision == "bf16":                                                       # cast once, not at every token
         for p in model.parameters():
             p.data = p.data.bfloat16() if p.dim() == 2 else p.data
-    return model, tokenizer, precision
+    return model, tokenizer
+
+
+def inference(model):
+    """The autocast to run an opened model in: that of its weights."""
+    weight = model.embed.weight
+    return autocast(weight.device, "bf16" if weight.dtype == torch.bfloat16 else "fp32")
+
+
+def import_plugin(path):
+    """Runs a Python file of the user's own, if any: it may add mixers and feature maps to those of model.py."""
+    if not path:
+        return
+    name = f"plugin_{Path(path).stem}"
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or lines[-1]
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None

@@ -18,26 +18,32 @@ from configurator import UserError, command, configure, help_first
 help_first(__name__, __file__)
 
 from support.files import read_text                                               # support comes before torch
-from support.machine import autocast, out_of_memory, pick_device
+from support.machine import out_of_memory
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import open_model
+from checkpoint import checkpoint_in, import_plugin, inference, open_model
 
 
 @dataclass
 class EvalConfig:
+    # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
+    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+
+    # A text
     file: str = ""                   # a text to read, in UTF-8; - is standard input
     context: int = 0                 # tokens in a window; 0: all before, or seq_len where no fixed state holds them
+
+    # Tasks of lm-evaluation-harness
     tasks: str = ""                  # tasks of lm-evaluation-harness, separated by commas
     task_dir: str = ""               # a folder with .yaml files of further tasks
     limit: int = 0                   # documents of each task; 0 means all
     batch_size: int = 16             # continuations of tasks to read at once
-    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
     def __post_init__(self):
         if bool(self.file) == bool(self.tasks):
@@ -148,12 +154,12 @@ def run_tasks(config, harness):
 @out_of_memory("take a smaller --batch_size, or --context=1024")
 def main():
     config, = configure(sys.argv[1:], EvalConfig)
-    device = pick_device(config.device)
-    model, tokenizer, precision = open_model(config, device)
+    import_plugin(config.plugin)
+    model, tokenizer = open_model(config.init_from or checkpoint_in(config.out_dir), config.device, config.precision)
     context = config.context or default_context(model)
     if model.config.pos == "learned" and context > model.config.seq_len:
         raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: take a smaller --context")
-    with autocast(device, precision):
+    with inference(model):
         if config.tasks:
             try:
                 harness = harness_model(model, tokenizer, context, config.batch_size)

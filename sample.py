@@ -2,17 +2,23 @@
 
     python sample.py                                           from out/base, one text after a blank start
     python sample.py --out_dir=out/tiny --prompt="class "      continue a prompt
+    python sample.py --out_dir=out/tiny --interactive          take turns: each answer continues all that was said
     python sample.py --init_from=someone/model                 a model of the Hugging Face hub, or from anywhere else
     python sample.py --prompt_file=story.txt                   or a file's text; - reads standard input
     python sample.py --prompt_file=story.txt --save_state=story.state      where it stopped, without the text:
-    python sample.py --load_state=story.state                              goes on, as one run would have
+    python sample.py --load_state=story.state                              continues, as one run would have
     python sample.py --num_samples=4 --temperature=0.8 --top_p=0.95 --max_new_tokens=1000
+
+From Python: open_model of checkpoint.py, then generate_text, or read_prompt and stream_text.
 """
 import codecs
+import contextlib
 import hashlib
+import itertools
+import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,51 +27,167 @@ from configurator import UserError, command, configure, help_first
 help_first(__name__, __file__)
 
 from support.files import read_text, replacing                                    # support comes before torch
-from support.machine import autocast, out_of_memory, pick_device
+from support.machine import out_of_memory
 
 import torch
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from model import state_bytes
-from checkpoint import load_file, open_model
+from checkpoint import checkpoint_in, import_plugin, inference, load_file, open_model
 
 
 @dataclass
 class SampleConfig:
+    # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
+    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+
+    # The prompt
     prompt: str = ""                 # the text to continue; empty starts a new document
     prompt_file: str = ""            # read the prompt from this file; - is standard input
+    interactive: bool = False        # answer each line of standard input; Ctrl-C ends an answer, Ctrl-D the program
+
+    # The text
     num_samples: int = 1             # texts to generate, all at once
     max_new_tokens: int = 500        # longest text, in tokens after the prompt
     temperature: float = 0.8         # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 0                   # choose among the k likeliest tokens; 0 means all
     top_p: float = 1.0               # choose among the fewest tokens that hold this much probability
     seed: int = 1337                 # the same seed gives the same text
-    save_state: str = ""             # write where the text stopped to this file
-    load_state: str = ""             # go on from there, with num_samples texts; a prompt is read after it
     stop: bool = True                # end a text at its end-of-text token
-    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+
+    # Where it stopped
+    save_state: str = ""             # write where the text stopped to this file
+    load_state: str = ""             # continue from there, with num_samples texts; a prompt is read after it
 
     def __post_init__(self):
         for key, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
+        if self.num_samples > 2**16:
+            raise ValueError(f"num_samples must be at most {2**16}, got {self.num_samples}")
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature must be 0 or at least 0.001, got {self.temperature}")
         if not -2**63 <= self.seed < 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 1e-9 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 (at least 1e-9) and at most 1, got {self.top_p}")
         if self.prompt and self.prompt_file:
             raise ValueError("give either prompt or prompt_file, not both")
+        if self.interactive and (self.num_samples > 1 or self.prompt_file == "-"):
+            raise ValueError("interactive reads standard input and writes one text: leave out num_samples and "
+                             "prompt_file=-")
         if self.save_state and self.num_samples > 1:
             raise ValueError("save_state keeps one text: take num_samples=1, and num_samples=N with load_state")
         target = Path(self.save_state or "x.state")
         if not target.parent.is_dir() or target.exists() and not target.is_file():
             raise ValueError(f"save_state={target} must be a file in a folder that is there")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text in, text out: from Python too
+
+
+@dataclass
+class TextState:
+    """Where a text stopped: all that its continuation depends on, in the same size however long the text is."""
+    model: dict = None               # the model's state
+    unread: list = field(default_factory=list)  # the token that this state has not read: the last one
+    half: bytes = b""                # of a character whose other bytes are still to come
+
+    @property
+    def nbytes(self):
+        return state_bytes(self.model)
+
+    @property
+    def tokens(self):
+        """How many the text has so far."""
+        return (int(self.model["tokens"]) if self.model else 0) + len(self.unread)
+
+
+def generate_text(model, tokenizer, prompt="", state=None, **options):
+    """What the model writes after the prompt, and where it stopped: that state continues the text, as often as wanted.
+
+    Args: model, tokenizer, from open_model; prompt, str; state, a TextState, None for a new text; options, those of
+    stream_text.
+    Returns: (str, TextState)
+    """
+    state = read_prompt(model, tokenizer, prompt, state)
+    return "".join(stream_text(model, tokenizer, state, **options)), state
+
+
+def read_prompt(model, tokenizer, prompt="", state=None):
+    """The TextState after `prompt`, at the cost of reading the prompt alone. An empty new text is a new document."""
+    state = state or TextState()
+    tokens = state.unread + tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    check_prompt(tokens, state, model.config)
+    past = state.model
+    with torch.no_grad(), inference(model):
+        for part in torch.tensor([tokens[:-1]], device=model.embed.weight.device).split(4096, dim=1):
+            if part.numel():
+                _, past = model.hidden(part, past)
+    return TextState(past, tokens[-1:], b"" if prompt else state.half)
+
+
+def stream_text(model, tokenizer, state, stop=True, **options):
+    """Yields what each new token adds to the text after `state`, whole characters only, and moves `state` along.
+
+    Options: max_new_tokens=500, temperature=0.8, top_k=0 (all), top_p=1.0, generator=None (of torch's random numbers);
+    stop=True ends the text at its end-of-text token.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.setstate((state.half, 0))
+    for token, in stream_tokens(model, state, **options):
+        if stop and token == tokenizer.eot:
+            break
+        piece = utf8.decode(tokenizer.decode_bytes([token]))
+        state.half = utf8.getstate()[0]
+        yield piece
+
+
+def stream_tokens(model, state, texts=1, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, generator=None):
+    """Yields the next token of each of `texts` texts that continue `state`, which moves along with the first."""
+    check_positions(state, model.config, max_new_tokens)
+    idx = torch.tensor([state.unread] * texts, device=model.embed.weight.device)
+    past = tree_map(lambda x: x.expand(texts, *x.shape[1:]) if torch.is_tensor(x) and x.dim() else x, state.model)
+    with inference(model):
+        for tokens, after in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator, past):
+            tokens = tokens.tolist()
+            state.model = after
+            state.unread = tokens[:1]
+            yield tokens
+
+
+def check_prompt(tokens, state, config):
+    """UserError where the model knows no such token, or has no positions for the prompt."""
+    if max(tokens) >= config.vocab_size:
+        raise UserError(f"the prompt has token {max(tokens)}, and the model only knows those below {config.vocab_size}")
+    room = positions_left(state, config) - len(tokens)
+    if room < 0:
+        raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and the text would have "
+                        f"{config.seq_len - room}: shorten the prompt")
+
+
+def check_positions(state, config, max_new_tokens):
+    room = positions_left(state, config) - 1                                      # for the token not read yet
+    if max_new_tokens > room:
+        fix = f"take --max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
+        raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and prompt and text would have "
+                        f"{config.seq_len - room + max_new_tokens}: {fix}")
+
+
+def positions_left(state, config):
+    """How many more tokens the model can read: without learned positions, any number."""
+    read = int(state.model["tokens"]) if state.model else 0
+    return config.seq_len - read if config.pos == "learned" else sys.maxsize
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States in files
 
 
 def identity(model):
@@ -76,12 +198,12 @@ def identity(model):
     return digest.hexdigest()
 
 
-def write_state(path, model, state, unread, generator, seed, half):
-    """To path: the state, the token it has not read, the random numbers to come, and the bytes of half a character."""
+def write_state(path, model, state, generator, seed):
+    """To path: the state, and the random numbers to come."""
     with replacing(Path(path)) as temporary:
-        state = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state)
-        torch.save({"model": identity(model), "state": state, "unread": unread, "half": list(half), "seed": seed,
-                    "rng": generator.get_state(), "device": generator.device.type}, temporary)
+        tensors = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state.model)
+        torch.save({"model": identity(model), "state": tensors, "unread": state.unread, "half": list(state.half),
+                    "seed": seed, "rng": generator.get_state(), "device": generator.device.type}, temporary)
 
 
 def check_save_state(path):
@@ -96,85 +218,162 @@ def check_save_state(path):
         raise UserError(f"save_state={path} is there and is not a state: take another name")
 
 
-def read_state(path, model, texts, device):
-    """What write_state wrote, for this number of texts."""
+def read_state(path, model, generator, seed):
+    """The TextState that write_state wrote. The random numbers continue too, unless the seed is another."""
+    device = model.embed.weight.device
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file that holds a state")
     try:
         carried = load_file(path, device)
         same = carried["model"] == identity(model)
+        state = TextState(carried["state"], carried["unread"], bytes(carried["half"]))
     except FileNotFoundError:
         raise UserError(f"no state {path}: --save_state={path} writes it") from None
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
     if not same:
         raise UserError(f"{path} is the state of another model: name its --out_dir, and its --precision")
-    carried["state"] = tree_map(lambda x: x.expand(texts, *x.shape[1:]) if torch.is_tensor(x) and x.dim() else x,
-                                carried["state"])
-    return carried
+    if carried["seed"] == seed and carried["device"] == device.type:
+        generator.set_state(carried["rng"].cpu())
+    return state
 
 
-def check_prompt(prompt, state, config, max_new_tokens):
-    """UserError where the model knows no such token, or has no positions for prompt and text."""
-    if max(prompt) >= config.vocab_size:
-        raise UserError(f"the prompt has token {max(prompt)}, and the model only knows those below {config.vocab_size}")
-    room = config.seq_len - (int(state["tokens"]) if state else 0) - len(prompt)
-    if config.pos == "learned" and max_new_tokens > room:
-        mend = f"take --max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
-        raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and prompt and text would have "
-                        f"{config.seq_len - room + max_new_tokens}: {mend}")
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 @out_of_memory("take a smaller --num_samples")
 def main():
     config, = configure(sys.argv[1:], SampleConfig)
-    sys.stdout.reconfigure(errors="replace")                                      # characters that this terminal lacks
-    device = pick_device(config.device)
-    model, tokenizer, precision = open_model(config, device)
-    given = tokenizer.encode(read_text(config.prompt_file) if config.prompt_file else config.prompt).tolist()
-    carried = {"state": None, "unread": [], "half": []}
+    import_plugin(config.plugin)
+    source = config.init_from or checkpoint_in(config.out_dir)
+    model, tokenizer = open_model(source, config.device, config.precision)
+    prompt = read_text(config.prompt_file) if config.prompt_file else config.prompt
+    generator = torch.Generator(model.embed.weight.device).manual_seed(config.seed)
+    options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    options["generator"] = generator
+    state = TextState()
     if config.save_state:
         check_save_state(config.save_state)
     if config.load_state:
-        carried = read_state(config.load_state, model, config.num_samples, device)
-    state, prompt = carried["state"], carried["unread"] + given or [tokenizer.eot]
-    check_prompt(prompt, state, model.config, config.max_new_tokens)
+        state = read_state(config.load_state, model, generator, config.seed)
 
+    if config.interactive:
+        state = converse(model, tokenizer, prompt, state, config, options)
+    else:
+        state = write(model, tokenizer, prompt, state, config, options)
+    if config.save_state:
+        write_state(config.save_state, model, state, generator, config.seed)
+
+
+def write(model, tokenizer, prompt, before, config, options):
+    """Prints the prompt and what comes after it; on stderr, how fast it was read and written. Returns where it stopped."""
     start = time.perf_counter()
-    idx = torch.tensor([prompt] * config.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    if carried.get("seed") == config.seed and carried["device"] == device.type:   # another seed: another text
-        generator.set_state(carried["rng"].cpu())
-    texts, running = [[] for _ in range(config.num_samples)], set(range(config.num_samples))
-    streaming, utf8 = config.num_samples == 1, codecs.getincrementaldecoder("utf-8")("replace")
-    half = bytes(carried["half"])
-    utf8.setstate((half, 0))
-    bar = tqdm(total=config.max_new_tokens, unit="tok", disable=None if not streaming else True)
-    if streaming:
-        print(utf8.decode(tokenizer.decode_bytes(given)), end="")
-    with autocast(device, precision):
-        for tokens, state in model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                            generator, state):
-            for i, token in enumerate(tokens.tolist()):
-                if i in running and config.stop and token == tokenizer.eot:
-                    running.discard(i)
-                elif i in running:
-                    texts[i].append(token)
-            if streaming and running:
-                print(utf8.decode(tokenizer.decode_bytes(texts[0][-1:])), end="", flush=True)
+    state = read_prompt(model, tokenizer, prompt, before)
+    check_positions(state, model.config, config.max_new_tokens)
+    length = state.tokens - before.tokens
+    reading = time.perf_counter() - start
+    start = time.perf_counter()
+    if config.num_samples == 1:
+        print("\ufffd" * bool(before.half and prompt) + prompt, end="", flush=True)
+        made = write_one(model, tokenizer, state, config, options)
+    else:
+        beginning = before.half + tokenizer.decode_bytes(tokenizer.encode(prompt))
+        made = write_several(model, tokenizer, beginning, state, config, options)
+    writing = time.perf_counter() - start
+    read = f"{length} tokens in {reading:.2f} s" + f" ({length / reading:,.0f} tokens/s)" * (length > 1)
+    print(f"\nprompt: {read}; text: {made} tokens in {writing:.1f} s ({made / writing:,.0f} tokens/s); "
+          f"the state is {state.nbytes / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
+    return state
+
+
+def write_one(model, tokenizer, state, config, options):
+    """Prints one text as it is made, and returns its number of tokens."""
+    made = 0
+    for piece in stream_text(model, tokenizer, state, config.stop, **options):
+        print(piece, end="", flush=True)
+        made += 1
+    if config.save_state:                                                         # it keeps half a character
+        print(end="\n" if sys.stdout.isatty() else "")                            # a file gets the next run's text too
+    else:
+        print("\ufffd" * bool(state.half))
+    return made
+
+
+def write_several(model, tokenizer, beginning, state, config, options):
+    """Prints num_samples texts after the same beginning, made at once, and returns their number of tokens."""
+    texts = [[] for _ in range(config.num_samples)]
+    running = set(range(config.num_samples))
+    with tqdm(total=config.max_new_tokens, unit="tok", disable=None) as bar:
+        for tokens in stream_tokens(model, state, config.num_samples, **options):
+            running -= {i for i in running if config.stop and tokens[i] == tokenizer.eot}
+            for i in running:
+                texts[i].append(tokens[i])
             bar.update()
             if not running:
                 break
-    bar.close()
-    seconds, made = time.perf_counter() - start, sum(map(len, texts))
-    if config.save_state:
-        write_state(config.save_state, model, state, tokens.tolist(), generator, config.seed, utf8.getstate()[0])
-    if streaming:                                                                 # a state keeps half a character
-        goes_on = config.save_state and not sys.stdout.isatty()                   # a file gets the next run's text too
-        print(utf8.decode(b"", final=True) if not config.save_state else "", end="" if goes_on else "\n")
-    for i, text in enumerate(texts if not streaming else []):
-        text = (half + tokenizer.decode_bytes(given + text)).decode(errors="replace")
-        print(f"--- {i + 1} of {config.num_samples}\n{text}")
-    print(f"\n{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s after a prompt of {len(prompt)}; "
-          f"the state is {state_bytes(state) / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
+    for i, text in enumerate(texts, 1):
+        text = (beginning + tokenizer.decode_bytes(text)).decode(errors="replace")
+        print(f"--- {i} of {config.num_samples}\n{text}")
+    return sum(map(len, texts))
+
+
+def converse(model, tokenizer, prompt, state, config, options):
+    """Answers the prompt, then each line that is typed: the text so far goes on with it. An empty line adds nothing.
+
+    The whole conversation is one text, read through one state. Returns where it stopped.
+    """
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        print("Each line continues the text. Ctrl-C ends an answer, Ctrl-D the program.", file=sys.stderr)
+    for line in itertools.chain([prompt] if prompt else [], typed_lines(terminal)):
+        new_line = "\n" if line and state.unread not in ([], [tokenizer.eot]) else ""
+        with ctrl_c_noted() as noted:
+            state = read_prompt(model, tokenizer, new_line + line, state)
+            room = max(1, positions_left(state, model.config) - 1)
+            limits = {"max_new_tokens": min(config.max_new_tokens, room)}
+            for piece in stream_text(model, tokenizer, state, config.stop, **options | limits):
+                print(piece, end="", flush=True)
+                if noted:
+                    break
+        print(flush=True)
+        print(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:,.1f} kB]", file=sys.stderr)
+    return state
+
+
+def typed_lines(terminal):
+    """Yields the lines of standard input up to its end."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() edits lines with it)
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            print(end="\n" if terminal else "")
+            return
+        except KeyboardInterrupt:                                                 # of the line, not of the program
+            if not terminal:
+                raise
+            print()
+
+
+@contextlib.contextmanager
+def ctrl_c_noted():
+    """Yields a list that the first Ctrl-C fills: a step of the model is never cut in two. The second is as always."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def harness(measure, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="no samples of LAMBADA, HellaSwag and PIQA beside the checkout")
 def test_lambada_and_multiple_choice_give_the_log_likelihoods_of_our_own_forward(harness, monkeypatch):
-    model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
+    model = eval.open_model("out", "cpu")[0]
     count, given, calls = 12, {}, eval.continuations
 
     def spy(model, pairs, batch_size):
@@ -187,7 +187,7 @@ def test_lambada_and_multiple_choice_give_the_log_likelihoods_of_our_own_forward
 
 @pytest.mark.slow
 def test_every_kind_of_task_measures_our_own_forward_and_each_filter_has_its_figure(harness, tmp_path):
-    model = eval.open_model(eval.EvalConfig(out_dir="out", file="-"), torch.device("cpu"))[0]
+    model = eval.open_model("out", "cpu")[0]
     docs = [{"question": f"{a} and {b} are", "choices": [f" {a + b}", f" {a - b}!", f" {a * b}"], "label": (a * b) % 3}
             for a in range(4) for b in range(3)]
     tasks = {"choose": ("multiple_choice", "{{label}}", 'doc_to_choice: "{{choices}}"\n'),

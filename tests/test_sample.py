@@ -1,10 +1,15 @@
 """sample.py: the same seed writes the same text, whole characters only, in memory that does not grow."""
+import contextlib
+import fcntl
 import io
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,7 +124,7 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(write, scripted
 def test_a_text_ends_at_its_end_of_text_token(write, scripted):
     scripted([*b"yes", BYTES.eot, *b"no"])
     result = write()
-    assert result.out == "yes\n" and "\n3 tokens in" in result.err
+    assert result.out == "yes\n" and "text: 3 tokens in" in result.err
     assert "yesno" in write("--stop=false").out
 
 
@@ -134,9 +139,26 @@ def test_several_samples_differ_and_each_ends_on_its_own(write, scripted):
 def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
     def kilobytes(*flags):
         line = write("--stop=false", *flags).err.splitlines()[-1]
-        return float(re.search(r"^\d+ tokens in .* s: [\d,]+ tokens/s .* the state is ([\d.,]+) kB a text$", line)[1])
+        speed = r"(\d+) tokens in [\d.]+ s( \([\d,]+ tokens/s\))?"
+        found = re.fullmatch(rf"prompt: {speed}; text: {speed}; the state is ([\d.,]+) kB a text", line)
+        lengths.append((int(found[1]), int(found[3])))
+        return float(found[5])
+    lengths = []
     assert kilobytes("--max_new_tokens=10") == kilobytes("--max_new_tokens=1000") == kilobytes("--prompt=" + "x" * 999)
+    assert lengths == [(1, 10), (1, 1000), (999, 30)]
     assert 0 < kilobytes("--num_samples=3") == pytest.approx(kilobytes(), abs=0.1)
+
+
+def test_the_speed_of_writing_leaves_out_the_reading_of_the_prompt(write, monkeypatch):
+    read = sample.read_prompt
+
+    def slow(*args):
+        time.sleep(1)
+        return read(*args)
+    monkeypatch.setattr(sample, "read_prompt", slow)
+    line = write("--prompt=abc", "--max_new_tokens=1").err.splitlines()[-1]
+    reading, writing = map(float, re.findall(r"tokens in ([\d.]+) s", line))
+    assert reading >= 1 and writing < reading
 
 
 def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monkeypatch):
@@ -218,6 +240,85 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     assert write("--load_state=a.state", "--max_new_tokens=6").code == 0
 
 
+GREEDY = {"max_new_tokens": 30, "temperature": 0, "stop": False}
+
+
+def test_from_python_a_kept_state_continues_a_text_as_one_run_would_and_as_often_as_wanted(write):
+    model, tokenizer = checkpoint.open_model("out", "cpu")
+    whole, _ = sample.generate_text(model, tokenizer, "abc", **GREEDY | {"max_new_tokens": 60})
+    assert "abc" + whole + "\n" == write("--prompt=abc", "--temperature=0", "--stop=false", "--max_new_tokens=60").out
+    first, state = sample.generate_text(model, tokenizer, "abc", **GREEDY)
+    rest, end = sample.generate_text(model, tokenizer, state=state, **GREEDY)
+    other, _ = sample.generate_text(model, tokenizer, "xyz", state, **GREEDY)
+    again, _ = sample.generate_text(model, tokenizer, state=state, **GREEDY)
+    assert first + rest == whole and rest == again != other
+    assert (state.tokens, end.tokens) == (33, 63) and state.nbytes == end.nbytes > 0
+    read = sample.read_prompt(model, tokenizer, "abc" + first)
+    assert "".join(sample.stream_text(model, tokenizer, read, **GREEDY)) == rest and read.tokens == 63
+
+
+def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, monkeypatch):
+    lines = ["ab", "Füße", "", "x"]
+    model, tokenizer = checkpoint.open_model("out", "cpu")
+    answers, state, sizes = [], None, []
+    for turn, line in enumerate(lines):
+        line = "\n" * bool(turn and line) + line
+        answer, state = sample.generate_text(model, tokenizer, line, state, **GREEDY)
+        answers.append(answer)
+        sizes.append(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:.1f} kB]")
+    for first in ([], ["--prompt=ab"]):
+        text = "\n".join(lines[len(first):])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        result = write("--interactive", "--temperature=0", "--stop=false", *first)
+        assert (result.code, result.out) == (0, "".join(answer + "\n" for answer in answers))
+        assert result.err.splitlines() == sizes and len({line.split(";")[1] for line in sizes}) == 1
+
+
+def test_a_conversation_goes_on_from_a_saved_state_and_ends_where_learned_positions_do(write, monkeypatch, tmp_path):
+    def talk(text, *flags):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return write("--interactive", "--temperature=0", "--stop=false", *flags)
+    both = talk("abc\nxyz\n").out
+    assert talk("abc\n", "--save_state=a.state").out + talk("xyz\n", "--load_state=a.state").out == both
+    write_checkpoint(tmp_path / "out", pos="learned")
+    result = talk("abc\nx\n")
+    assert result.code == 2 and "\nsample.py: the model's learned positions end at 16" in result.err
+    assert result.err.startswith("[16 tokens so far")
+
+
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program(tmp_path):
+    pty = pytest.importorskip("pty")
+    write_checkpoint(tmp_path / "out")
+    terminal, inside = pty.openpty()
+    program = subprocess.Popen([sys.executable, PROGRAM, "--out_dir=out", "--device=cpu", "--interactive", "--stop=false",
+                                "--max_new_tokens=10**9"], cwd=tmp_path, stdin=inside, stdout=inside, stderr=inside,
+                               start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(inside)
+    seen = b""
+
+    def wait_for(*words):
+        nonlocal seen
+        while not all(word in seen for word in words):
+            seen += os.read(terminal, 1 << 16)
+        seen = b""
+    wait_for(b"Ctrl-D the program", b"> ")
+    for _ in range(2):
+        os.write(terminal, b"abc\n")
+        wait_for(b"abc\r\n")
+        while len(seen) < 100:                                                    # an answer is under way
+            seen += os.read(terminal, 1 << 16)
+        os.write(terminal, b"\x03")
+        wait_for(b"tokens so far; the state is ", b"> ")
+    os.write(terminal, b"not meant\x03")                                          # at the prompt it ends the line
+    wait_for(b"> ")
+    os.write(terminal, b"\x04")
+    with contextlib.suppress(OSError):                                            # the terminal has no other end now
+        while os.read(terminal, 1 << 16):
+            pass
+    assert program.wait() == 0
+    os.close(terminal)
+
+
 def test_model_py_works_without_huggingface_hub():
     program = ("import sys; sys.modules['huggingface_hub'] = None; import model, torch\n"
                "lm = model.LM(model.ModelConfig(dim=16, depth=1, n_heads=2)); lm(torch.zeros(1, 3, dtype=int))\n"
@@ -227,9 +328,11 @@ def test_model_py_works_without_huggingface_hub():
 
 @pytest.mark.parametrize("flags, message", [
     (["--promt=x"], "the nearest is prompt"), (["--top_k=many"], "--top_k must be a whole number"),
-    (["--top_p=0"], "top_p must be above 0"), (["--temperature=-1"], "at least 0"),
+    (["--top_p=0"], "top_p must be above 0"), (["--top_p=1e-300"], "at least 1e-9"),
+    (["--num_samples=10**30"], "num_samples must be at most"), (["--num_samples=10**9"], "num_samples must be at most"), (["--temperature=-1"], "at least 0"),
     (["--temperature=1e-40"], "temperature must be 0 or"), ([f"--seed={2**64}"], "below 2**63"),
     (["--num_samples=0"], "at least 1"), (["--prompt=a", "--prompt_file=b"], "either prompt or prompt_file"),
+    (["--interactive", "--num_samples=2"], "interactive reads"), (["--interactive", "--prompt_file=-"], "leave out"),
     (["--num_samples=2", "--save_state=a"], "save_state keeps one text"),
     (["--prompt_file=none"], "cannot read none: No such file"), (["--prompt_file=out"], "cannot read out: Is a dir"),
     (["--prompt_file=latin.txt"], "latin.txt is not UTF-8"), (["--out_dir=none"], "no checkpoint none/ckpt.pt: train"),
@@ -243,6 +346,23 @@ def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, messag
     write_checkpoint(tmp_path / "learned", pos="learned")
     write_checkpoint(tmp_path / "other", tokenizer_hash="another")
     assert message in refusal(*flags)
+
+
+@pytest.mark.parametrize("ruin", [math.nan, math.inf])
+def test_a_model_whose_weights_are_not_numbers_is_said_to_be_so_with_exit_code_1(write, tmp_path, ruin):
+    path = tmp_path / "out/ckpt.pt"
+    content = torch.load(path)
+    content["model"]["blocks.1.mlp.up.weight" if "blocks.1.mlp.up.weight" in content["model"] else "norm.weight"][0] = ruin
+    torch.save(content, path)
+    result = write()
+    assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
+    assert "the weights of out hold NaN or inf" in result.err
+
+
+@pytest.mark.parametrize("flags", [["--top_k=10**30"], ["--temperature=1e99"], ["--num_samples=2", "--max_new_tokens=1"],
+                                   ["--top_p=1e-9"]])
+def test_extremes_that_mean_something_work(write, flags):
+    assert write(*flags).code == 0
 
 
 def test_learned_positions_allow_exactly_their_number_of_tokens(write, tmp_path):
