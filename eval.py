@@ -11,9 +11,10 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first
+from configurator import Failed, UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
@@ -46,8 +47,12 @@ class EvalConfig:
     batch_size: int = 16             # continuations of tasks to read at once
 
     def __post_init__(self):
-        if bool(self.file) == bool(self.tasks):
-            raise ValueError("give --file=TEXT or --tasks=NAME,NAME")
+        if not (self.file or self.tasks):
+            raise ValueError("there is nothing to measure: give --file=TEXT, or --tasks=NAME,NAME")
+        if self.file and self.tasks:
+            raise ValueError(f"file={self.file} and tasks={self.tasks} are two measurements: leave out one of them")
+        if self.task_dir and not Path(self.task_dir).is_dir():
+            raise ValueError(f"task_dir={self.task_dir} must be a folder with .yaml files")
         for key, low in (("context", 0), ("limit", 0), ("batch_size", 1)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
@@ -76,6 +81,26 @@ def nats(model, tokens, context=0, piece=4096):
 
 
 @torch.no_grad()
+def log_probs(model, tokenizer, text, given="", piece=512):
+    """log p in nats of each token of the text, predicted from all before it: `given`, or else the start of a document.
+
+    Returns: a tensor (tokens,), in the order of tokenizer.encode(text).
+    """
+    before = tokenizer.encode(given).tolist() or [tokenizer.eot]
+    answer = tokenizer.encode(text).tolist()
+    tokens = torch.tensor(before + answer, device=model.embed.weight.device)
+    found = [torch.zeros(0, device=tokens.device)]
+    state = None
+    with inference(model):
+        for start in range(0, len(tokens) - 1, piece):
+            targets = tokens[start + 1:start + 1 + piece]
+            logits, state = model(tokens[None, start:start + len(targets)], state=state)
+            log_p = logits[0].float().log_softmax(-1)
+            found.append(log_p.gather(1, targets[:, None])[:, 0])
+    return torch.cat(found)[len(before) - 1:].cpu()
+
+
+@torch.no_grad()
 def continuations(model, pairs, batch_size):
     """For each (context, continuation), token ids: log p of the continuation, and is each token of it the likeliest?"""
     longest = model.config.seq_len if model.config.pos == "learned" else sys.maxsize
@@ -90,6 +115,8 @@ def continuations(model, pairs, batch_size):
             answer = torch.tensor(pairs[i][1][-longest:], device=device)
             log_p = model.logits(hidden[len(row) - len(answer):len(row)]).float().log_softmax(-1)
             answers[i] = float(log_p.gather(1, answer[:, None]).sum()), bool((log_p.argmax(-1) == answer).all())
+            if math.isnan(answers[i][0]):
+                raise Failed("the log-probabilities are NaN: the model's training diverged; take an earlier checkpoint")
     return answers
 
 
@@ -115,26 +142,53 @@ def harness_model(model, tokenizer, context, batch_size):
             return [-nats(model, [tokenizer.eot, *self.tok_encode(r.args[0])], context) for r in requests]
 
         def generate_until(self, requests, disable_tqdm=False):
-            return [self.write(*r.args) for r in tqdm(requests, disable=disable_tqdm)]
-
-        def write(self, given, options):
-            """Greedily, or as options say, until one of the strings `until` is there; it is left out."""
-            most, text, until = int(options.get("max_gen_toks", 256)), b"", options.get("until") or []
-            stops = [stop.encode() for stop in ([until] if isinstance(until, str) else until) if stop]
-            prompt = self.tok_encode(given) or [tokenizer.eot]
-            if model.config.pos == "learned":
-                prompt = prompt[-max(1, model.config.seq_len - most):]
-            temperature = options.get("temperature", 0) if options.get("do_sample") else 0
-            idx = torch.tensor([prompt], device=next(model.parameters()).device)
-            for token, _ in model.generate(idx, most, temperature, options.get("top_k", 0), options.get("top_p", 1.0)):
-                if int(token) == tokenizer.eot:
-                    break
-                text += tokenizer.decode_bytes(token.tolist())
-                if ends := [text.index(stop) for stop in stops if stop in text]:
-                    text = text[:min(ends)]
-                    break
-            return text.decode(errors="replace")
+            return [write(model, tokenizer, *r.args) for r in tqdm(requests, disable=disable_tqdm)]
     return Harness()
+
+
+def write(model, tokenizer, given, options):
+    """What the model writes after `given`, as the options of a task say, up to one of the strings `until`."""
+    prompt = tokenizer.encode(given).tolist() or [tokenizer.eot]
+    limit, sampling, stops = read_options(options, len(prompt))
+    most = 256 if limit is None else limit
+    if model.config.pos == "learned":
+        end = model.config.seq_len
+        if limit is None or limit >= end:                                         # the prompt keeps half of the positions
+            most = min(most, max(end - len(prompt), end // 2))
+        prompt = prompt[-max(1, end - most):]
+    idx = torch.tensor([prompt], device=model.embed.weight.device)
+    text = b""
+    for token, _ in model.generate(idx, most, **sampling):
+        if int(token) == tokenizer.eot:
+            break
+        text += tokenizer.decode_bytes(token.tolist())
+        if ends := [text.index(stop) for stop in stops if stop in text]:
+            text = text[:min(ends)]
+            break
+    return text.decode(errors="replace")
+
+
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+
+
+def read_options(options, prompt_length=0):
+    """(most new tokens or None, arguments of LM.generate, strings to stop at) of the generation_kwargs of a task.
+
+    They are read as the harness's own HFLM does: a temperature above 0 means sampling unless do_sample is false. null
+    is as if left out. Differs: do_sample alone samples at temperature 1, where HFLM fails, and without a top_k among
+    all tokens, where transformers take 50.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    limit = next((int(given[name]) for name in LIMITS if name in given), None)
+    if limit is None and "max_length" in given:                                   # of prompt and text
+        limit = max(0, int(given["max_length"]) - prompt_length)
+    temperature = float(given.get("temperature", 1 if given.get("do_sample") else 0))
+    if not given.get("do_sample", True):
+        temperature = 0
+    sampling = {"temperature": temperature, "top_k": int(given.get("top_k", 0)), "top_p": float(given.get("top_p", 1))}
+    until = given.get("until", [])
+    until = [until] if isinstance(until, str) else until
+    return limit, sampling, [stop.encode() for stop in until if stop]
 
 
 def run_tasks(config, harness):
@@ -145,8 +199,11 @@ def run_tasks(config, harness):
         manager = TaskManager(include_path=config.task_dir or None)
         found = lm_eval.simple_evaluate(harness, tasks=config.tasks.split(","), limit=config.limit or None,
                                         bootstrap_iters=0, task_manager=manager)
-    except (ValueError, KeyError, OSError) as error:  # an unknown task; data that is neither here nor reachable
-        raise UserError(f"lm_eval cannot run {config.tasks}: {' '.join(str(error).split())[:300]}") from None
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError) as error:  # an unknown task, a null in it; data out of reach
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"lm_eval cannot run {config.tasks} ({reason})") from None
     return {task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
             for task, values in found["results"].items()}
 
@@ -172,6 +229,8 @@ def main():
         if len(tokens) == 1:
             raise UserError(f"{config.file} is empty")
         total = nats(model, tokens, context)
+    if not math.isfinite(total):
+        raise Failed(f"the loss is {total / (len(tokens) - 1)}: the model's training diverged; take an earlier checkpoint")
     size, count = len(text.encode()), len(tokens) - 1
     print(json.dumps({"tokens": count, "bytes": size, "loss": total / count, "ppl": math.exp(min(100, total / count)),
                       "bits_per_byte": total / math.log(2) / size, "context": context or "all"}))

@@ -92,13 +92,15 @@ def test_the_program_tells_bits_per_byte_of_a_file_and_says_what_each_token_was_
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
     assert result["ppl"] == pytest.approx(math.exp(result["loss"])) != pytest.approx(257, rel=1e-3)
     assert json.loads(measure("--file=text.txt", "--context=8").out)["context"] == 8
+    assert json.loads(measure("--file=text.txt", "--context=10**30").out)["loss"] == pytest.approx(result["loss"])
     for options in ({"pos": "learned"}, {"mixers": "linear softmax"}):
         write_checkpoint(tmp_path / "out", **options)
         assert json.loads(measure("--file=text.txt").out)["context"] == 16
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "give --file=TEXT or --tasks"), (["--file=a", "--tasks=b"], "give --file=TEXT or --tasks"),
+    ([], "give --file=TEXT, or --tasks"), (["--file=a", "--tasks=b"], "file=a and tasks=b are two measurements: leave out"),
+    (["--tasks=a", "--task_dir=none"], "task_dir=none must be a folder"), (["--plugin=none.py"], "give --file"),
     (["--file=none"], "cannot read none"), (["--file=empty"], "empty is empty"),
     (["--file=a", "--limit=-1"], "at least 0"), (["--tasks=piqa"], "pip install lm_eval"),
     (["--file=text.txt", "--out_dir=learned", "--context=17"], "end at 16 tokens")])
@@ -214,11 +216,100 @@ def test_every_kind_of_task_measures_our_own_forward_and_each_filter_has_its_fig
     bits = -sum(sum(log_p(model, [256, *text])) for text in texts) / sum(map(len, texts)) / math.log(2)
     assert found["read"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
 
-    writer = eval.harness_model(model, BYTES, 0, 4)                               # greedy, up to the first stop
-    whole = writer.write("abc", {"until": [], "max_gen_toks": 12})
+
+def write(model, **options):
+    return eval.write(model, BYTES, "abc", options)
+
+
+def test_a_generation_task_is_greedy_and_ends_before_the_first_stop():
+    model = tiny().float()
+    whole = write(model, until=[], max_gen_toks=12)
     tokens = [int(t) for t, _ in model.generate(torch.tensor([list(b"abc")]), 12, temperature=0)]
     assert whole == bytes(tokens).decode(errors="replace")
     stop = bytes(tokens[2:4]).decode("latin-1")
-    found = writer.write("abc", {"until": [stop, "never"], "max_gen_toks": 12})
-    assert stop.isascii() and found == whole[:whole.index(stop)]
-    assert writer.write("abc", {"max_gen_toks": 3}) == bytes(tokens[:3]).decode(errors="replace")
+    assert stop.isascii() and write(model, until=[stop, "never"], max_gen_toks=12) == whole[:whole.index(stop)]
+    assert write(model, until=stop, max_gen_toks=12) == whole[:whole.index(stop)]
+    assert write(model, until=None, max_gen_toks=3) == bytes(tokens[:3]).decode(errors="replace")
+
+
+def test_a_generation_task_may_say_its_limit_in_all_the_ways_that_the_harness_knows():
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert eval.read_options({name: 7})[0] == 7
+    assert eval.read_options({"max_new_tokens": 7, "max_gen_toks": None})[0] == 7
+    assert eval.read_options({"max_new_tokens": 7, "max_gen_toks": 8})[0] == 8
+    assert eval.read_options({"max_length": 7}, prompt_length=3)[0] == 4
+    assert eval.read_options({"max_length": 7, "max_tokens": 5}, prompt_length=3)[0] == 5
+    assert eval.read_options({})[0] is None
+
+
+@pytest.mark.parametrize("options, temperature", [
+    ({}, 0), ({"temperature": 1}, 1), ({"temperature": 0.5, "do_sample": True}, 0.5), ({"do_sample": False}, 0),
+    ({"temperature": 1, "do_sample": False}, 0), ({"temperature": None}, 0), ({"do_sample": True}, 1),
+    ({"temperature": 0.0, "do_sample": True}, 0), ({"temperature": 1, "do_sample": None}, 1)])
+def test_a_temperature_means_sampling_unless_the_task_says_otherwise_as_in_the_harness(options, temperature):
+    assert eval.read_options(options)[1] == {"temperature": temperature, "top_k": 0, "top_p": 1}
+    nulls = {"top_k": None, "top_p": None, "until": None, "max_gen_toks": None}
+    assert eval.read_options(options | nulls) == eval.read_options(options)
+
+
+@pytest.mark.parametrize("length, options, prompt, text", [
+    (3, {}, 3, 13), (40, {}, 8, 8), (12, {}, 8, 8), (40, {"max_gen_toks": 5}, 11, 5), (40, {"max_gen_toks": 14}, 2, 14),
+    (40, {"max_gen_toks": 16}, 8, 8), (3, {"max_gen_toks": 999}, 3, 13), (16, {}, 8, 8)])
+def test_with_learned_positions_a_generation_task_keeps_half_of_them_for_the_prompt(length, options, prompt, text, monkeypatch):
+    model = tiny(pos="learned").float()
+    given = []
+
+    def generate(idx, most, *args, calls=model.generate, **options):
+        given.append((idx.shape[1], most))
+        return calls(idx, most, *args, **options)
+    monkeypatch.setattr(model, "generate", generate)
+    eval.write(model, BYTES, "x" * length, options)
+    assert given == [(prompt, text)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kwargs", ["{until: [], max_new_tokens: 7}", "{max_new_tokens: 7, temperature: 1, top_k: null}",
+                                    "{max_length: 20, do_sample: false}", "{do_sample: true}", "{}"])
+@pytest.mark.parametrize("pos", ["rope", "learned"])
+def test_generation_kwargs_come_through_the_harness(harness, tmp_path, monkeypatch, kwargs, pos):
+    write_checkpoint(tmp_path / "out", pos=pos)
+    task = TASK.format(name="write", data=tmp_path / "write.jsonl", kind="generate_until", text="{{question}}", target="4")
+    Path("write.yaml").write_text(task + f"generation_kwargs: {kwargs}\nmetric_list: [{{metric: exact_match}}]\n")
+    Path("write.jsonl").write_text(json.dumps({"question": "2 and 2 are"}) + "\n")
+    read, seen = eval.read_options, []
+    monkeypatch.setattr(eval, "read_options", lambda *args: seen.append(read(*args)) or seen[-1])
+    assert harness("--tasks=write") == {"write": {"exact_match": 0.0}}
+    (limit, sampling, stops), = seen
+    assert limit == (7 if "max_new" in kwargs else 9 if "length" in kwargs else None)
+    assert sampling["temperature"] == (1 if "temperature: 1" in kwargs or "do_sample: true" in kwargs else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, kwargs", [(["--tasks=write"], "{temperature: null}"), (["--tasks=none"], "{}"),
+                                           (["--tasks=write", "--limit=10**30"], "{}")])
+def test_what_the_harness_refuses_is_one_line_with_exit_code_2(measure, tmp_path, flags, kwargs):
+    pytest.importorskip("lm_eval")
+    task = TASK.format(name="write", data=tmp_path / "none.jsonl", kind="generate_until", text="{{question}}", target="4")
+    Path("write.yaml").write_text(task + f"generation_kwargs: {kwargs}\n")
+    result = measure(f"--task_dir={tmp_path}", *flags)
+    assert (result.code, result.out) == (2, "") and "\neval.py: lm_eval cannot run" in "\n" + result.err, result
+
+
+@pytest.mark.parametrize("piece", [1, 7, 512])
+def test_log_probs_are_those_of_a_forward_for_each_token(piece):
+    model, words = tiny(), list(TEXT.encode())
+    found = eval.log_probs(model, BYTES, TEXT, piece=piece)
+    assert found.tolist() == pytest.approx(log_p(model, [256, *words]), abs=1e-5)
+    part = eval.log_probs(model, BYTES, "more", given=TEXT, piece=piece)
+    assert part.tolist() == pytest.approx(log_p(model, [*words, *b"more"])[-4:], abs=1e-5)
+    assert eval.log_probs(model, BYTES, "", piece=piece).tolist() == []
+
+
+def test_a_loss_that_is_not_a_number_is_a_failure_of_the_model_with_exit_code_1(measure, monkeypatch):
+    monkeypatch.setattr(eval, "nats", lambda *args: math.nan)
+    result = measure("--file=text.txt")
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1) and "the loss is nan" in result.err
+    with pytest.raises(eval.Failed, match="NaN"):
+        model = tiny()
+        torch.nn.init.constant_(model.norm.weight, math.nan)
+        eval.continuations(model, [([1], [2])], 1)
