@@ -1,8 +1,9 @@
-"""What README.md says of commands, files and presets is so."""
+"""What README.md and docs/ say of commands, files and presets is so."""
 import ast
 import dataclasses
 import gzip
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -11,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml  # comes with datasets
+from torch._subclasses import FakeTensorMode
 
 import configurator
 import eval
@@ -24,77 +27,135 @@ from test_sample import one_thread  # noqa: F401 (a fixture)
 from test_train import as_it_was  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,), "sample.py": (sample.SampleConfig,),
+README, RESULTS, TROUBLESHOOTING = ((ROOT / name).read_text() for name in
+                                    ("README.md", "docs/results.md", "docs/troubleshooting.md"))
+TABLE = json.loads((ROOT / "docs/presets.json").read_text())
+CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,),
+           "sample.py": (sample.SampleConfig,),
            "train.py": (train.TrainConfig, model.ModelConfig),
            "experiments.bench": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
            "experiments.compare": (compare.CompareConfig,),
            "experiments.recall": (recall.RecallConfig,)}
-FOLDERS = (ROOT, ROOT / "support", ROOT / "experiments")
-TEXTS = [README, *(path.read_text() for folder in (*FOLDERS, ROOT / "config") for path in folder.glob("*.py"))]
-PRESETS = re.findall(r"^\| `(config/\w+\.py)` \| .*? \| ([\d.]+) M \|", README, re.MULTILINE)
+FOLDERS = [ROOT, *(ROOT / name for name in ("support", "experiments", "config"))]
+SOURCES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
+
+# A python or torchrun command in an indented line or in a code span; a python block; make, pip and source by the way.
+ITEM = re.compile(r"^```python\n(?P<code>.*?)^```|^ {4}(?P<line>(?:python|torchrun|make|pip|source) [^\n]*)|`(?P<span>"
+                  r"(?:python|torchrun)\s[^`]*(?:\.py|-m experiments\.)[^`]*|(?:make|pip)\s[^`]+)`",
+                  re.MULTILINE | re.DOTALL)
+
+
+def program_at(words):
+    """The index of the program's name among the words of a command: train.py, or experiments.bench after -m."""
+    return next((i for i, word in enumerate(words) if word in CONFIGS), None)
 
 
 def commands():
-    found = {line.strip().split("   ")[0] for text in TEXTS for line in text.splitlines()
-             if line.startswith(("    python ", "    torchrun "))}
-    return sorted(command.split(" # ")[0] for command in found)
+    """The words of every command of a program of ours, in README, docs/ and the docstrings of the sources."""
+    docs = [match["line"] or match["span"] for text in (README, RESULTS, TROUBLESHOOTING)
+            for match in ITEM.finditer(text) if match["line"] or match["span"]]
+    sources = [line.strip().split("   ")[0] for path in SOURCES for line in path.read_text().splitlines()
+               if line.startswith(("    python ", "    torchrun "))]
+    found = {tuple(shlex.split(command, comments=True)) for command in docs + sources}
+    return sorted(words for words in found if program_at(words) is not None)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_shown_has_known_keys_and_legal_values(command, monkeypatch):
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_shown_has_known_keys_and_legal_values(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
-    program, *argv = words[next(i for i, word in enumerate(words) if word in CONFIGS):]
-    if program == "experiments.compare":                                                 # its arms are no config files
+    at = program_at(words)
+    program, argv = words[at], list(words[at + 1:])
+    if program == "experiments.compare":                                          # its arms are no config files
         compare.parse(argv)
     elif "--help" not in argv:
         configurator.configure(argv, *CONFIGS[program])
 
 
-@pytest.mark.parametrize("name, lines", re.findall(r"^\| \[([\w/]+\.py)\]\([\w/]+\.py\) \| (\d+) \|", README, re.MULTILINE))
-def test_the_line_counts_of_the_file_map_are_right_to_ten_percent(name, lines):
-    assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 0.1 * int(lines)
+def test_the_readme_has_at_most_250_lines_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert link.startswith("https://") or target.exists(), f"{path.name}: {link}"
+            if anchor and not link.startswith("https://"):
+                titles = re.findall("^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
-@pytest.mark.parametrize("config, millions", PRESETS)
-def test_the_presets_have_the_parameters_of_the_table(config, millions, monkeypatch):
+def test_every_file_and_folder_has_a_place_in_the_file_table():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    places = {name.split("/")[0] for name in tracked.stdout.split() if name.endswith(".py") or "/" in name}
+    shown = set(re.findall(r"\[([\w.]+)/?\]\(\1\)", README.split("## The files")[1].split("\n## ")[0]))
+    assert places - shown - {".ci", "assets"} == set() and shown <= places
+
+
+# The table of presets
+
+
+def table_of_presets():
+    """The table of README, made from docs/presets.json: a dash where nothing was measured."""
+    columns = TABLE["columns"]
+    rows = [["preset", "mixers", *columns]]
+    for preset, mixers in TABLE["presets"].items():
+        name, _, flag = preset.partition(" ")
+        link = f"[{name}](config/{name}.py)" + (f" `{flag}`" if flag else "")
+        rows.append([link, mixers, *(column["values"].get(preset, "–") for column in columns.values())])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def test_the_table_of_presets_is_made_from_presets_json():
+    table = table_of_presets()
+    assert table in README, f"README.md should hold\n\n{table}"
+
+
+@pytest.mark.parametrize("preset", TABLE["presets"])
+def test_a_preset_has_the_parameters_and_the_state_of_the_table(preset, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, model_config = configurator.configure([config], train.TrainConfig, model.ModelConfig)
-    assert f"{sum(p.numel() for p in model.LM(model_config).parameters()) / 1e6:.2f}" == millions
+    name, *flags = preset.split()
+    _, config = configurator.configure([f"config/{name}.py", *flags], train.TrainConfig, model.ModelConfig)
+    with FakeTensorMode():                                                        # shapes without numbers: fast
+        lm = model.LM(config)
+        _, state = lm(torch.zeros(1, 1024, dtype=torch.long))
+    assert f"{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}" in ("44.6", "44.7")
+    grows = ", grows" * ("softmax" in config.mixers)
+    shown = TABLE["columns"]["state"]["values"].get(preset, "–")
+    assert shown in ("–", f"{model.state_bytes(state) / 1e6:.2f} MB{grows}")
 
 
-# Every command and python block, in the README's order and in one folder: each finds what those before it made
+# Every command and python block, in README's order and then docs/results.md's, in one folder: each finds what those before
+# it made
 
 
-ITEM = re.compile(r"^```python\n(?P<code>.*?)^```|^ {4}(?P<line>(?:python|torchrun|make|pip|source) [^\n]*)|`(?P<span>"
-                  r"(?:python|torchrun)\s[^`]*(?:\.py|-m\sexperiments)[^`]*|(?:make|pip)\s[^`]+)`", re.MULTILINE | re.DOTALL)
-NOT_RUN = {"make test": "it is what runs this", "pip install": "needs the network", "source": "for the shell only"}
+NOT_RUN = {"make test": "it is what runs this", "pip": "needs the network", "source": "for the shell only"}
 MODEL = ["--dim=16", "--depth=2", "--n_heads=2"]
 CUT = {"prepare.py": ["--processes=1"],
        "train.py": [*MODEL, "--seq_len=32", "--batch_size=2", "--grad_accum=1", "--max_steps=2", "--warmup_steps=1",
-                    "--eval_tokens=64", "--device=cpu", "--precision=fp32"],
+                    "--eval_tokens=64", "--device=cpu", "--precision=fp32", "--compile=false"],
        "sample.py": ["--max_new_tokens=5", "--device=cpu"],
        "eval.py": ["--device=cpu"],
-       "experiments.bench": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1", "--eval_tokens=64",
-                    "--device=cpu"],
-       "experiments.compare": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1", "--eval_tokens=64",
-                      "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
+       "experiments.bench": [*MODEL, "--seq_lens=16", "--positions=8", "--tokens=32", "--repeats=1",
+                             "--eval_tokens=64", "--device=cpu"],
+       "experiments.compare": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1",
+                               "--eval_tokens=64", "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
        "experiments.recall": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
 
 def shown():
-    """("code", text) or ("command", words), each once."""
+    """("code", text) or ("command", words), each once, but those that need the network."""
     demo = re.findall(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
     found = []
-    for match in ITEM.finditer(README):
+    for match in ITEM.finditer(README + RESULTS):
         kind, text = match.lastgroup, match[match.lastgroup]
         if kind == "code":
             found.append((kind, text))
         elif " ".join(text.split()).startswith("make demo"):
             found += [("command", tuple(shlex.split(line))) for line in demo.replace("$(PY)", "python").splitlines()]
-        elif not " ".join(text.split()).startswith(tuple(NOT_RUN)):
+        elif "--hub=" not in text and not " ".join(text.split()).startswith(tuple(NOT_RUN)):
             found.append(("command", tuple(shlex.split(text, comments=True))))
     return list(dict.fromkeys(found))
 
@@ -108,7 +169,8 @@ def reader(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     (tmp_path / "DATA").symlink_to("c4")
     text = "A text of mine, of some length, with Größe in it. " * 200
-    for path in ("mine.txt", "texts/a.txt", "texts/b.txt", "python/a.py", "python/val.py"):
+    for path in ("mine.txt", "texts/a.txt", "texts/b.txt", "python/a.py", "python/val.py", "shakespeare_train.txt",
+                 "shakespeare_val.txt"):
         (tmp_path / path).write_text(text)
     for i in range(60):
         (tmp_path / f"python/{i}.py").write_text(f"x = {i}\n" * 20)
@@ -124,6 +186,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "PRESETS", compare.PRESETS[:1])
     monkeypatch.setattr(bench, "machine_peaks", lambda device, dtype: (1e12, 1e10))
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
+    monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
     for name in ("SMALL", "FULL"):
         setting = getattr(recall, name)
         train, test = ([part._replace(examples=setting.batch_size) for part in parts[:2]]
@@ -134,7 +197,7 @@ def reader(tmp_path, monkeypatch):
 
 def run(words, monkeypatch, capfd):
     """Runs a command, cut down: exit code and what it printed."""
-    at = next(i for i, word in enumerate(words) if word in CUT)
+    at = program_at(words)
     program, flags = words[at], [*words[at + 1:], *CUT[words[at]]]
     given = " ".join(flags)
     if program == "prepare.py" and not re.search("tokenizer|verify|stdlib", given):
@@ -151,6 +214,7 @@ def run(words, monkeypatch, capfd):
     code = 0
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *flags])
+        patch.setattr(sys, "stdin", io.StringIO("def \n"))                        # of --interactive
         try:
             configurator.command(sys.modules[program.removesuffix(".py")].main)
         except SystemExit as error:
@@ -159,11 +223,10 @@ def run(words, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_all_that_the_readme_shows_runs_in_its_order(reader, monkeypatch, capfd):
+def test_all_that_readme_and_results_show_runs_in_their_order(reader, monkeypatch, capfd):
     for kind, item in shown():
         if kind == "code":
-            if "save_pretrained" not in item or importlib.util.find_spec("safetensors"):
-                exec(item, {})
+            exec(item, {})
             continue
         code, printed = run(item, monkeypatch, capfd)
         missing = [package for flag, package in WITHOUT.items() if any(word.startswith(flag) for word in item)
@@ -176,8 +239,29 @@ def test_all_that_the_readme_shows_runs_in_its_order(reader, monkeypatch, capfd)
 
 def test_an_indented_line_is_a_command_or_the_equation():
     """What looks like a command and is none of the programs above would not be run."""
-    lines = [line for line in re.sub(r"```.*?```", "", README, flags=re.DOTALL).splitlines() if line.startswith("    ")]
+    text = re.sub(r"```.*?```", "", README + RESULTS + TROUBLESHOOTING, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
     assert [line for line in lines if not ITEM.fullmatch(line)] == [line for line in lines if "_t = " in line]
+
+
+def test_the_mixer_of_the_readme_keeps_a_state_of_tensors_of_fixed_shape_on_the_device_of_its_input(monkeypatch):
+    code, = [match["code"] for match in ITEM.finditer(README) if "MIXERS[" in (match["code"] or "")]
+    for name in ("MIXERS", "FEATURE_MAPS"):
+        monkeypatch.setattr(model, name, dict(getattr(model, name)))
+    names = {}
+    exec(code, names)
+    lm, idx = names["lm"], torch.randint(0, 100, (2, 7))
+    whole, _ = lm(idx)
+    first, state = lm(idx[:, :3])
+    rest, later = lm(idx[:, 3:], state=state)
+    torch.testing.assert_close(torch.cat([first, rest], dim=1), whole)
+    for before, after in zip(state["layers"][0], later["layers"][0], strict=True):
+        assert torch.is_tensor(before) and before.shape == after.shape and len(before) == 2
+        assert before._base is None and before.dtype == torch.float32
+    mixer, x = names["Mean"](lm.config).to("meta"), torch.empty(2, 3, 64, device="meta")
+    _, state = mixer(x, None, {})
+    _, state = mixer(x, state, {})                                                # a tensor elsewhere does not fit
+    assert {leaf.device.type for leaf in state} == {"meta"}
 
 
 def messages(path):
@@ -190,10 +274,8 @@ def messages(path):
 
 
 def test_the_messages_of_the_troubleshooting_table_are_those_of_the_programs():
-    section = README.split("\n## Troubleshooting\n")[1].split("\n## ")[0]
-    texts = "\n".join(text for folder in FOLDERS for path in folder.glob("*.py")
-                      for text in messages(path))
-    shown = re.findall("`(.+?)`", "".join(re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)))
+    texts = "\n".join(text for path in SOURCES for text in messages(path))
+    shown = re.findall("`(.+?)`", "".join(re.findall(r"^\| (`.*?`) \|", TROUBLESHOOTING, re.MULTILINE)))
     assert len(shown) > 20
     assert [message for message in shown if not re.search(".*".join(map(re.escape, message.split("..."))), texts)] == []
 
