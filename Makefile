@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(PY) train.py config/tiny.py
 	$(PY) sample.py --out_dir=out/tiny --prompt='def '
 
-test: .venv/ready .venv/trackers
+test: .venv/ready .venv/trackers .venv/notebook
 	$(PY) -m pytest tests
 
 clean:
@@ -35,11 +35,12 @@ WORKS := $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# Optional at run time, so not in requirements.txt. Where they cannot be had, their tests are skipped.
-TRACKERS := tensorboard==2.21.0 wandb==0.31.0
-.venv/trackers: .venv/ready
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(TRACKERS) && touch $@ || \
-		echo "not installed: $(TRACKERS); their tests are skipped" >&2
+# Optional at run time, so not in requirements.txt. Where they are not available, their tests are skipped.
+trackers := tensorboard==2.21.0 wandb==0.31.0
+notebook := nbclient==0.11.0 ipykernel==7.3.0
+.venv/trackers .venv/notebook: .venv/ready
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $($(@F)) && touch $@ || \
+		echo "not installed: $($(@F)); their tests are skipped" >&2
 
 FORCE:
 .PHONY: help demo test clean FORCE

@@ -123,8 +123,8 @@ def test_a_preset_has_the_parameters_and_the_state_of_the_table(preset, monkeypa
         _, state = lm(torch.zeros(1, 1024, dtype=torch.long))
     assert f"{sum(p.numel() for p in lm.parameters()) / 1e6:.1f}" in ("44.6", "44.7")
     grows = ", grows" * ("softmax" in config.mixers)
-    shown = TABLE["columns"]["state"]["values"].get(preset, "–")
-    assert shown in ("–", f"{model.state_bytes(state) / 1e6:.2f} MB{grows}")
+    shown = TABLE["columns"]["state at 1,024 tokens"]["values"][preset]
+    assert shown == f"{model.state_bytes(state) / 1e6:.2f} MB{grows}"
 
 
 # Every command and python block, in README's order and then docs/results.md's, in one folder: each finds what those before
@@ -144,6 +144,11 @@ CUT = {"prepare.py": ["--processes=1"],
                                "--eval_tokens=64", "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
        "experiments.recall": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
+
+
+def mixer_of_ones_own():
+    code, = [match["code"] for match in ITEM.finditer(README) if "MIXERS[" in (match["code"] or "")]
+    return code
 
 
 def shown():
@@ -173,6 +178,7 @@ def reader(tmp_path, monkeypatch):
     for path in ("mine.txt", "texts/a.txt", "texts/b.txt", "python/a.py", "python/val.py", "shakespeare_train.txt",
                  "shakespeare_val.txt"):
         (tmp_path / path).write_text(text)
+    (tmp_path / "mine.py").write_text(mixer_of_ones_own())
     for i in range(60):
         (tmp_path / f"python/{i}.py").write_text(f"x = {i}\n" * 20)
     for split in ("train", "validation"):
@@ -246,12 +252,12 @@ def test_an_indented_line_is_a_command_or_the_equation():
 
 
 def test_the_mixer_of_the_readme_keeps_a_state_of_tensors_of_fixed_shape_on_the_device_of_its_input(monkeypatch):
-    code, = [match["code"] for match in ITEM.finditer(README) if "MIXERS[" in (match["code"] or "")]
     for name in ("MIXERS", "FEATURE_MAPS"):
         monkeypatch.setattr(model, name, dict(getattr(model, name)))
     names = {}
-    exec(code, names)
-    lm, idx = names["lm"], torch.randint(0, 100, (2, 7))
+    exec(mixer_of_ones_own(), names)
+    config = model.ModelConfig(mixers="mean linear", feature_map="square", dim=64, depth=2, n_heads=2, vocab_size=100)
+    lm, idx = model.LM(config), torch.randint(0, 100, (2, 7))
     whole, _ = lm(idx)
     first, state = lm(idx[:, :3])
     rest, later = lm(idx[:, 3:], state=state)
@@ -259,7 +265,7 @@ def test_the_mixer_of_the_readme_keeps_a_state_of_tensors_of_fixed_shape_on_the_
     for before, after in zip(state["layers"][0], later["layers"][0], strict=True):
         assert torch.is_tensor(before) and before.shape == after.shape and len(before) == 2
         assert before._base is None and before.dtype == torch.float32
-    mixer, x = names["Mean"](lm.config).to("meta"), torch.empty(2, 3, 64, device="meta")
+    mixer, x = names["Mean"](config).to("meta"), torch.empty(2, 3, 64, device="meta")
     _, state = mixer(x, None, {})
     _, state = mixer(x, state, {})                                                # a tensor elsewhere does not fit
     assert {leaf.device.type for leaf in state} == {"meta"}
