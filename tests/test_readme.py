@@ -210,7 +210,7 @@ def run(words, monkeypatch, capfd):
     if program == "prepare.py" and not re.search("tokenizer|verify|stdlib", given):
         flags += ["--tokenizer=bytes"]                                            # gpt2's vocabulary may be far
         flags += ["--data_files=c4/*.gz"] * ("data_files" not in given)
-    if words[0] == "torchrun" or "wandb" in given:                                # W&B stays in the first folder
+    if words[0] == "torchrun" or "wandb" in given or "--help" in given:           # W&B stays in the first folder
         start = [sys.executable]
         if words[0] == "torchrun":
             start += ["-m", "torch.distributed.run", *words[1:at], "--nproc_per_node=2"]
@@ -221,7 +221,7 @@ def run(words, monkeypatch, capfd):
     code = 0
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *flags])
-        patch.setattr(sys, "stdin", io.StringIO("def \n"))                        # of --interactive
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def \n")))      # of --interactive
         try:
             configurator.command(sys.modules[program.removesuffix(".py")].main)
         except SystemExit as error:
