@@ -2,7 +2,7 @@
 # make test    runs the whole test suite
 # make clean   removes .venv and caches, never data/ or out/
 #
-# Python 3.10 or newer must be there (name another one by PYTHON=python3.12); everything else goes into .venv.
+# Needs Python 3.10 or newer (choose one with PYTHON=python3.12); everything else goes into .venv.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -21,13 +21,13 @@ test: .venv/ready .venv/trackers .venv/notebook
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ */__pycache__
 
-# The stamp .venv/ready is written last, so that an interrupted installation is taken up again. It is renewed when
-# requirements.txt is newer, and when the Python in .venv does not run (moved, removed): then .venv is made anew.
+# The stamp .venv/ready is written last, so an interrupted installation is repeated. It is renewed when requirements.txt
+# is newer, and when the Python in .venv no longer runs (moved, removed): then .venv is rebuilt.
 WORKS := $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 .venv/ready: requirements.txt $(shell $(WORKS) || echo FORCE)
 	@$(WORKS) || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-			{ echo "$(PYTHON) is missing or older than 3.10: install a newer one, or name it by PYTHON=..." >&2; exit 1; }; \
+			{ echo "$(PYTHON) is missing or older than 3.10: install a newer one, or choose it with PYTHON=..." >&2; exit 1; }; \
 		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 			{ echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
 		$(PYTHON) -m venv --clear .venv; }
