@@ -120,6 +120,12 @@ FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval"
         "resume", "eval_only", "shard", "tensorboard", "wandb_project"}
 
 
+class Diverged(UserError):
+    """Too many steps in a row had no finite loss or gradient, or were spikes."""
+
+    exit_code = 3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: its loop, then what a step and an evaluation are
 
@@ -186,8 +192,8 @@ class Run:
             say(f"step {self.step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
         if self.skips_in_a_row >= self.config.max_skips:
             then = f"and --resume=changed, {self.latest} is from before" if self.latest.exists() else "from the start"
-            raise UserError(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not "
-                            f"finite or a spike: try a lower --lr {then}")
+            raise Diverged(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was not "
+                           f"finite or a spike: try a lower --lr {then}")
         return loss, grad_norm
 
     def evaluate(self):

@@ -34,6 +34,12 @@ def replacing(path):
             temporary.unlink()
 
 
+class Busy(UserError):
+    """Another process is at work in a folder."""
+
+    exit_code = 4
+
+
 @contextlib.contextmanager
 def locked(folder, program="prepare.py", flag="--data_dir"):
     """Makes the folder and lets one run at a time into it; the lock ends with the process, however that ends."""
@@ -49,8 +55,8 @@ def locked(folder, program="prepare.py", flag="--data_dir"):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another {program} is at work in {folder}: wait until it ends, or use another "
-                                f"{flag}") from None
+                raise Busy(f"another {program} is at work in {folder}: wait until it ends, or use another "
+                           f"{flag}") from None
         yield
     finally:
         with contextlib.suppress(OSError):
