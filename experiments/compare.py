@@ -1,31 +1,36 @@
 """Compares configs at equal tokens, each at its own tuned learning rate, over seeds, also beyond the trained length.
 
-    python -m experiments.compare                                               seven small presets on Python's source
-    python -m experiments.compare --max_steps=1000 --out_dir=out/longer         the same, with a setting for all
+    python -m experiments.compare                                          seven small presets on Python's source
+    python -m experiments.compare --max_steps=1000 --out_dir=out/longer    the same, with a setting for all
+    python -m experiments.compare experiments/sweeps/which_preset.py --minutes=8    as far as 8 minutes of GPUs go
     python -m experiments.compare config/softmax.py config/hybrid.py,window=256 --batch_size=32 --out_dir=out/two
 
-The first takes an hour or two on two cores. The first two want `python prepare.py --dataset=stdlib`, the third
-`python prepare.py`: the first shard of C4.
+The first needs `python prepare.py --dataset=stdlib` and takes an hour or two on two cores.
 
-An arm is a config file, with settings of its own after commas. Every training is the plain command train.py, which
-stands in the log.txt of its folder, out_dir/ARM/lrLR-seedSEED: so one that was stopped goes on, one that is finished is
-not repeated, and one that another process is at is waited for.
+An arm is a config file, with settings of its own after commas. Arms can also stand in a file, with settings for all, as
+those in experiments/sweeps do. Every training is the plain command train.py, which is written to log.txt in its folder,
+out_dir/ARM/lrLR-seedSEED. --jobs of them run on each visible GPU, or on the CPU. The same command resumes: a training
+that was stopped continues, one that is finished is not repeated, one that another process is at is waited for.
+Of a finished training, metrics.jsonl and finished.json are enough, so a folder without its checkpoints can be moved to
+another machine.
 
-Seed 1 tries the rates of --lrs, then twice the largest or half the smallest until the best has one on both sides; a
-single rate is taken as it is. The best has the lowest *training* loss over the last tenth of the logged steps: in less
-than an epoch that is text not seen before, and nothing is tuned on the validation text of the report. Fresh seeds, 2
-and on, are then trained at that rate, and only these are reported.
+Seed 1 tries the rates of --lrs, then twice the largest or half the smallest until the best has one on both sides. The
+best has the lowest *training* loss over the last tenth of the logged steps: in less than an epoch that is text not seen
+before, and nothing is tuned on the validation text of the report. Fresh seeds, 2 and on, are then trained at that rate,
+and only these are reported. A single rate is taken as it is, and seeds 1 and on are reported.
 
-The report reads windows of `longer` times seq_len validation tokens. A token is predicted from all before it in its
-window; the loss to seq_len and the loss beyond are means over the positions of the same windows. A model with softmax
-layers or learned positions is also read as eval.py does, in windows of seq_len that overlap by half.
+The report reads windows of `longer` times seq_len validation tokens, of each validation file equally many. A token is
+predicted from all before it in its window; the loss to seq_len and the loss beyond are means over the positions of the
+same windows. A model with softmax layers or learned positions is also read as eval.py does, in windows of seq_len that
+overlap by half. Costs are measured with nothing else running. The training loss at equal time is that of the last tenth
+of the time in which the fastest arm finishes; the learning rate of a slower arm has not come down to zero by then.
+
 The settings of arms, which are also flags for all, are in `python train.py --help`.
 """
 import concurrent.futures as futures
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -34,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -43,9 +49,11 @@ from configurator import UserError, command, configure, help_first, joined, read
 help_first(__name__, __file__)
 
 from support.dataset import Dataset, Windows                                      # support comes before torch
-from support.files import replacing, write_json
-from support.machine import autocast, device_name, out_of_memory, pick_device, say
+from support.files import Busy, replacing, write_json
+from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say
+from support.measure import cast_for_decoding, decoding_times
 from support.report import Log, picture, table
+from support.side_by_side import Slots, end_with_parent, environment, visible_gpus
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +61,12 @@ from tqdm import tqdm
 
 from model import LM, ModelConfig, state_bytes
 from checkpoint import load_checkpoint, load_model
-from train import TrainConfig, refuse_changes
+from train import Diverged, TrainConfig, refuse_changes
 from eval import default_context
 
 PROGRAM = Path(__file__).resolve().parent.with_name("train.py")
-PRESETS = ["config/base.py", "config/softmax.py", "config/based.py", "config/retnet.py", "config/deltanet.py",
-           "config/gated_deltanet.py,feature_dim=24", "config/hybrid.py,feature_dim=24"]
-SMALL = ["--dataset=stdlib", "--dim=128", "--n_heads=4", "--seq_len=256", "--window=64", "--batch_size=8",
-         "--grad_accum=1", "--optimizer=muon", "--warmup_steps=50", "--max_steps=500"]  # for PRESETS; flags win
+SMALL = "experiments/sweeps/small.py"
 BEYOND = 8                                                                        # rates to try beyond those given
-DIVERGED, BUSY = "steps in a row were skipped", "is at work in"                  # how train.py says so
 PAUSE = 10                                                                        # seconds, when another is at work
 
 
@@ -70,17 +74,21 @@ PAUSE = 10                                                                      
 class CompareConfig:
     lrs: str = ""                    # learning rates to begin with, as 0.01,0.02; empty: each arm's own and its half
     seeds: int = 3                   # trainings of each arm that are reported, at the learning rate taken
-    jobs: int = 1                    # trainings side by side on a CPU, which share its cores
+    jobs: int = 1                    # trainings side by side on each GPU, or on a CPU, whose cores they share
+    minutes: float = 0.0             # stop training after this time, and report what is finished; 0 is no limit
     longer: int = 4                  # length of the validation windows, in units of seq_len
     out_dir: str = "out/compare"     # where the trainings and results.json are kept
-    plot: str = ""                   # also draw loss against position to this file: needs matplotlib
-    device: str = "auto"             # as for train.py
+    checkpoints: bool = True         # False: delete those of a training when its losses are known
+    plot: str = ""                   # also draw loss against position and time to this file: needs matplotlib
+    device: str = "auto"             # as for train.py; auto and cuda take every visible GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
 
     def __post_init__(self):
         for key in ("seeds", "jobs", "longer"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.minutes < 0:
+            raise ValueError(f"minutes must not be negative, got {self.minutes}")
         try:
             self.rates = sorted(float(lr) for lr in self.lrs.split(",") if self.lrs)
         except ValueError:
@@ -104,28 +112,53 @@ class Arm:
     def text(self):
         """What must be the same for all."""
         same = {key: getattr(self.train, key) for key in ("dataset", "data_dir", "eval_tokens")}
-        tokens = self.train.max_steps * self.train.batch_size * self.model.seq_len
+        tokens = self.train.max_steps * self.tokens_per_step()
         return same | {"seq_len": self.model.seq_len, "tokens": tokens}
+
+    def tokens_per_step(self):
+        return self.train.batch_size * self.model.seq_len
 
     def parameters(self):
         with torch.device("meta"):
             return sum(p.numel() for p in LM(self.model).parameters())
+
+    def first_reported_seed(self):
+        return 1 if len(self.rates) == 1 else 2
 
 
 def key_of(flag):
     return flag.lstrip("-").partition("=")[0]
 
 
+def expand(words):
+    """(The arms among the words that are no flags, flags for all), of a file that holds `arms` or of the words."""
+    words = words or [SMALL]
+    file = words[0]
+    settings = {}
+    if file.endswith(".py") and "," not in file:
+        settings = {key: value for _, key, value, _ in read_config_file(file)}
+    if "arms" not in settings:
+        return words, []
+    if len(words) > 1:
+        raise UserError(f"{file} holds the arms: leave out {words[1]}, or make a file of arms that has it as well")
+    arms = settings.pop("arms")
+    if not (isinstance(arms, list) and arms and all(isinstance(arm, str) for arm in arms)):
+        raise UserError(f"{file}: arms must be a list of config files, with settings of their own after commas")
+    return arms, [f"--{key}={value}" for key, value in settings.items()]
+
+
 def parse(argv):
     """(CompareConfig, Arms) of a command line. UserError for what train.py would refuse, before anything is trained."""
-    argv = joined(argv, CompareConfig, TrainConfig, ModelConfig)
-    flags, texts = ([word for word in argv if word.startswith("-") == dashed] for dashed in (True, False))
+    flags = [word for word in argv if word.startswith("-")]
     mine = {field.name for field in fields(CompareConfig)}
     taken = mine - {"device", "precision"}                                        # these train.py is given as well
-    config, = configure(["--lrs=0.01,0.02"] * (not texts)
-                        + [flag for flag in flags if key_of(flag) in mine], CompareConfig)
-    passed = SMALL * (not texts) + [flag for flag in flags if key_of(flag) not in taken]
-    arms = [parse_arm(text, passed, taken, config.rates) for text in texts or PRESETS]
+    if {"--help", "-h"} & {*flags}:
+        configure(flags, CompareConfig, doc=__doc__)
+    texts, from_file = expand([word for word in argv if not word.startswith("-")])
+    flags = from_file + flags
+    config, = configure([flag for flag in flags if key_of(flag) in mine], CompareConfig)
+    passed = [flag for flag in flags if key_of(flag) not in taken]
+    arms = [parse_arm(text, passed, taken, config.rates) for text in texts]
     names = [arm.name for arm in arms]
     for arm in arms:
         if names.count(arm.name) > 1:
@@ -159,21 +192,18 @@ def parse_arm(text, passed, taken, rates):
 
 
 def check(arms, config):
-    """What can be known before training: UserError for what cannot work, a warning for what is not equal. The windows
-    of the report, how many of them, and the device."""
+    """What can be known before training: UserError for what cannot work, a warning for what is not equal. The Text of
+    the report."""
     if config.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs a package: pip install matplotlib, or leave it out")
-    device, text = pick_device(config.device), arms[0].text()
-    data = Dataset(Path(text["data_dir"]) / text["dataset"])
+    device = pick_device(config.device)
+    settings = arms[0].text()
+    data = Dataset(Path(settings["data_dir"]) / settings["dataset"])
     for arm in arms:
         data.give_vocabulary(arm.model)
         check_folders(arm, config.out_dir, data.fingerprint)
-    try:
-        windows = Windows(data.val, config.longer * text["seq_len"], seed=0)
-    except UserError as error:
-        raise UserError(f"the report reads windows of {config.longer} times seq_len: take a smaller --longer ({error})"
-                        ) from None
-    epochs = text["tokens"] / (Windows(data.train, text["seq_len"], seed=0).total * text["seq_len"])
+    text = Text(data, config.longer * settings["seq_len"], settings["eval_tokens"], device)
+    epochs = settings["tokens"] / (Windows(data.train, settings["seq_len"], seed=0).total * settings["seq_len"])
     if epochs > 1:
         say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
     sizes = {arm.parameters(): arm.name for arm in arms}
@@ -184,26 +214,43 @@ def check(arms, config):
         check_target(Path(config.out_dir, arm.name, "log.txt"), "out_dir")
     if config.plot:
         check_target(Path(config.plot), "plot")
-    return windows, min(windows.total, -(-arms[0].train.eval_tokens // windows.seq_len)), device
+    return text
 
 
 def check_folders(arm, out_dir, data):
     """UserError where a training of this arm is there already, with other settings or without a sound checkpoint."""
     for folder in sorted(Path(out_dir, arm.name).glob("lr*-seed*")):
-        path = folder / "ckpt.pt"
-        if not path.exists() and not (folder / "best.pt").exists():
-            continue
-        try:
-            checkpoint = load_checkpoint(path)
-        except UserError:
-            raise UserError(f"{path} is missing or damaged: delete {folder}, and the same command trains it anew"
-                            ) from None
+        path = folder / "finished.json"
+        saved = read_json(path, "config", "model_config", "data")
+        if saved is None:
+            path = folder / "ckpt.pt"
+            if not path.exists() and not (folder / "best.pt").exists():
+                continue
+            try:
+                saved = load_checkpoint(path)
+            except UserError:
+                raise UserError(f"{path} is missing or damaged: delete {folder}, and the same command trains it anew"
+                                ) from None
         same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
-        train = replace(arm.train, **{key: checkpoint["config"][key] for key in same})
+        train = replace(arm.train, **{key: saved["config"][key] for key in same})
         try:
-            refuse_changes(path, checkpoint, train, arm.model, data)
+            refuse_changes(path, saved, train, arm.model, data)
         except UserError as error:
             raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
+
+
+def read_json(path, *keys):
+    """What write_json wrote; None where there is none, or it is damaged or lacks keys: it can be made again."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and {*keys} <= {*found}:
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        pass
+    say(f"warning: {path} is damaged, and is made again")
+    return None
 
 
 def check_target(path, flag):
@@ -224,16 +271,25 @@ def check_target(path, flag):
 class Training:
     """One run of train.py: its command, its folder, and how it goes."""
 
-    def __init__(self, arm, lr, seed, config):
+    def __init__(self, arm, lr, seed, config, number=0):
         self.arm, self.lr, self.seed = arm, lr, seed
         self.folder = Path(config.out_dir, arm.name, f"lr{lr!r}-seed{seed}")
         self.command = [sys.executable, str(PROGRAM), *arm.arguments, f"--lr={lr!r}", f"--seed={seed}",
                         f"--out_dir={self.folder}"]
+        self.priority = seed, number, lr                                          # every arm's first seed comes first
         self.marker = self.folder / "diverged"                                    # holds the command that did
+        self.losses = read_json(self.folder / "finished.json", "config", "model_config", "data")
+        self.ended = False
         self.found = self.seen = self.step()                                      # for the progress bar
 
     def records(self):
         return Log.read(self.folder / "metrics.jsonl")
+
+    def regular_records(self):
+        """Without spikes, skipped steps and evaluations."""
+        records = self.records()
+        skipped = {record["step"] for record in records if record.get("skipped")}
+        return [r for r in records if "lr" in r and r["step"] not in skipped]
 
     def step(self):
         return max((record["step"] for record in self.records()), default=0)
@@ -244,38 +300,44 @@ class Training:
 
     def loss(self):
         """Mean training loss over the last tenth of the logged steps; infinite where it is no number."""
-        records = self.records()
-        skipped = {record["step"] for record in records if record.get("skipped")}
-        losses = [r["loss"] for r in records if "lr" in r and r["step"] not in skipped]  # others: spikes, evaluations
+        losses = [record["loss"] for record in self.regular_records()]
         last = losses[-math.ceil(len(losses) / 10):]
         return math.inf if self.diverged() or not last or None in last else statistics.mean(last)
 
-    def run(self, slots, stopped):
+    def loss_at(self, seconds, tokens_per_s):
+        """The same over the last tenth of this time; None where nothing was logged in it."""
+        seconds_per_step = self.arm.tokens_per_step() / tokens_per_s
+        times = [(record["step"] * seconds_per_step, record["loss"]) for record in self.regular_records()]
+        last = [loss for time_of_step, loss in times if 0.9 * seconds < time_of_step <= 1.0001 * seconds]
+        return statistics.mean(last) if last and None not in last else None
+
+    def run(self, slots, stopped, cache):
         """To its end, in one of the slots. Where another process is at it, by hand or from a killed compare.py, when
         that has ended."""
         told = False
-        while not self.diverged():
-            with slots:
+        while not (self.diverged() or self.losses):
+            with slots.take(self.priority) as gpu:
                 if self.diverged():                                               # meanwhile, in another compare.py
                     break
-                code, lines = self.call(stopped)
-            if code == 2 and any(BUSY in line for line in lines):
+                code, last = self.call(stopped, gpu, max(1, torch.get_num_threads() // slots.count), cache)
+            if code == Busy.exit_code:
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")
                 told = True
                 stopped.wait(PAUSE)
-            elif code == 2 and any(DIVERGED in line for line in lines):
+            elif code == Diverged.exit_code:
                 with replacing(self.marker) as temporary:
                     temporary.write_text(shlex.join(self.command[2:-1]))
             elif code:
-                raise UserError(f"{self.folder}/log.txt ends, with exit code {code}: {(lines or ['no word'])[-1]}")
+                raise UserError(f"{self.folder}/log.txt ends, with exit code {code}: {last}")
             else:
                 break
         self.seen = self.arm.train.max_steps
+        self.ended = True
         say(f"{self.arm.name}, lr {self.lr}, seed {self.seed}: "
             + ("diverged" if self.diverged() else f"training loss {self.loss():.4f}"))
 
-    def call(self, stopped):
-        """Exit code and lines of the command; when `stopped` is set it is told to save and end."""
+    def call(self, stopped, gpu, threads, cache):
+        """Exit code and last line of the command; when `stopped` is set it is told to save and end."""
         if stopped.is_set():
             raise futures.CancelledError
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +346,8 @@ class Training:
             log.write(f"$ {shlex.join(self.command)}\n")
             log.flush()
             start = log.tell()
-            process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       env=environment(gpu, threads, cache), preexec_fn=end_with_parent)
             while process.poll() is None and not stopped.wait(0.5):
                 self.seen = self.step()
             if stopped.is_set():
@@ -292,7 +355,37 @@ class Training:
                 process.wait()
                 raise futures.CancelledError
             log.seek(start)
-            return process.returncode, log.read().splitlines()
+            lines = log.read().splitlines()
+            return process.returncode, lines[-1] if lines else "no word"
+
+    def is_reported(self):
+        return self.seed >= self.arm.first_reported_seed()
+
+    def forget_other_losses(self, text):
+        """Losses that were read of other windows are read again."""
+        if self.losses and self.is_reported() and self.losses.get("text") != text.identity:
+            if not (self.folder / "ckpt.pt").exists():
+                raise UserError(f"{self.folder} was read with another --longer, and its checkpoint is deleted: take "
+                                "that --longer, or delete the folder, and it is trained anew")
+            self.losses = None
+
+    def evaluate(self, text, checkpoints):
+        """Writes finished.json: the settings, and the losses of the last weights where they are reported."""
+        if self.diverged():
+            return
+        checkpoint = load_checkpoint(self.folder / "ckpt.pt")
+        found = {key: checkpoint[key] for key in ("config", "model_config", "data")}
+        if self.is_reported():
+            found |= {"text": text.identity} | read(checkpoint, self.arm, text)
+        self.losses = plain_json(found)
+        write_json(self.folder / "finished.json", self.losses)
+        for path in () if checkpoints else self.folder.glob("*.pt"):
+            path.unlink()
+
+
+def plain_json(value):
+    """value as JSON gives it back, NaN as None."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def next_rate(losses):
@@ -306,6 +399,8 @@ def next_rate(losses):
 
 def sweep(arm, seeds, train):
     """(Its trainings of seed 1, those to report), by train(arm, [(lr, seed)]), which runs them."""
+    if len(arm.rates) == 1:
+        return [], train(arm, [(arm.rates[0], seed + 1) for seed in range(seeds)])
     tuning = train(arm, [(lr, 1) for lr in arm.rates])
     while lr := next_rate({training.lr: training.loss() for training in tuning}):
         if len(tuning) == len(arm.rates) + BEYOND:
@@ -322,38 +417,97 @@ def sweep(arm, seeds, train):
     return tuning, train(arm, [(best.lr, seed + 2) for seed in range(seeds)])
 
 
-def train_all(arms, config):
-    """For each arm what sweep gives, when all is trained. A training has a thread, which waits for a slot, then for
-    train.py; so has a sweep, which waits for its trainings."""
+def train_all(arms, config, text):
+    """({arm's name: (its trainings of seed 1 for tuning, those to report)}, whether all is trained), evaluated.
+
+    A training has a thread, which waits for a slot, then for train.py; so has a sweep, which waits for its trainings.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)                     # ends the trainings, as Ctrl-C does
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // config.jobs))
-    slots, stopped, known = threading.Semaphore(config.jobs), threading.Event(), []
+    slots, stopped, known = Slots(visible_gpus(text.device), config.jobs), threading.Event(), []
+    cache = Path(config.out_dir, "inductor").absolute()
 
     def train(arm, runs):
-        trainings = [Training(arm, lr, seed, config) for lr, seed in runs]
+        trainings = [Training(arm, lr, seed, config, arms.index(arm)) for lr, seed in runs]
         known.extend(trainings)
-        for task in futures.as_completed([pool.submit(training.run, slots, stopped) for training in trainings]):
+        for training in trainings:
+            training.forget_other_losses(text)
+        for task in futures.as_completed([pool.submit(training.run, slots, stopped, cache) for training in trainings]):
             task.result()
         return trainings
 
-    planned = sum(arm.train.max_steps * (len(arm.rates) + config.seeds) for arm in arms)
-    threads = sum(1 + max(len(arm.rates), config.seeds) for arm in arms)
-    with futures.ThreadPoolExecutor(threads) as pool, tqdm(unit="step", disable=None, smoothing=0) as bar:
+    def evaluate_ended():
+        for training in [training for training in known if training.ended and not training.losses]:
+            training.evaluate(text, config.checkpoints)
+
+    counts = {arm.name: config.seeds + len(arm.rates) * (len(arm.rates) > 1) for arm in arms}
+    planned = sum(arm.train.max_steps * counts[arm.name] for arm in arms)
+    say(f"{sum(counts.values())} trainings or more, {slots.count} at a time")
+    with (futures.ThreadPoolExecutor(sum(1 + max(len(arm.rates), config.seeds) for arm in arms)) as pool,
+          tqdm(unit="step", disable=None, smoothing=0) as bar):
         sweeps = [pool.submit(sweep, arm, config.seeds, train) for arm in arms]
+        clock = Clock(config.minutes)
         try:
-            while not all(task.done() for task in sweeps):
+            while not all(task.done() for task in sweeps) and not clock.is_late():
                 for task in futures.wait(sweeps, timeout=1, return_when=futures.FIRST_EXCEPTION).done:
                     task.result()
+                evaluate_ended()
                 extra = sum(t.arm.train.max_steps for t in known if t.seed == 1 and t.lr not in t.arm.rates)
                 bar.total, bar.initial = planned + extra, sum(t.found for t in known)
-                bar.update(sum(t.seen for t in known) - bar.n)
-            return [task.result() for task in sweeps]
+                done = sum(t.seen for t in known)
+                bar.update(done - bar.n)
+                if bar.disable:
+                    clock.tell(done - bar.initial, bar.total - bar.initial)
         finally:
             stopped.set()
+    evaluate_ended()
+    found = {}
+    for arm in arms:
+        ended = sorted((t for t in known if t.arm is arm and t.ended), key=lambda t: (t.lr, t.seed))
+        found[arm.name] = [t for t in ended if not t.is_reported()], [t for t in ended if t.is_reported()]
+    complete = all(task.done() and not task.cancelled() and not task.exception() for task in sweeps)
+    return found, complete
+
+
+class Clock:
+    """Whether the time is up; and where there is no progress bar, a line now and then."""
+
+    def __init__(self, minutes, every=30):
+        self.start = self.told = time.monotonic()
+        self.end = self.start + 60 * minutes if minutes else math.inf
+        self.every = every
+
+    def is_late(self):
+        return time.monotonic() > self.end
+
+    def tell(self, done, total):
+        now = time.monotonic()
+        if now - self.told > self.every and done:
+            left = (total - done) * (now - self.start) / done
+            say(f"{done:,} of {total:,} steps, about {left / 60:.1f} minutes left")
+            self.told = now
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The report
+# The losses of a finished training
+
+
+class Text:
+    """The windows of validation text that are read: of each file of it equally many."""
+
+    def __init__(self, data, length, tokens, device):
+        self.length, self.device = length, device
+        self.sources = {}                                                         # {name: (windows, how many of them)}
+        long_enough = [file for file in data.val if len(file) > length]
+        if not long_enough:
+            longest = max(map(len, data.val))
+            raise UserError(f"the report reads windows of --longer times seq_len, {length} tokens, and the longest "
+                            f"validation file has {longest}: take a smaller --longer")
+        for file in long_enough:
+            windows = Windows([file], length, seed=0)
+            count = min(windows.total, math.ceil(tokens / length / len(long_enough)))
+            self.sources[data.manifest["files"][Path(file.filename).name]["source"]] = windows, count
+        self.windows = sum(count for _, count in self.sources.values())
+        self.identity = [length, *([name, count] for name, (_, count) in self.sources.items())]
 
 
 @torch.no_grad()
@@ -379,24 +533,91 @@ def overlapping(model, x, y, T, rows):
 
 
 @torch.no_grad()
-def read(training, windows, count, device):
-    """Of the last weights: mean loss by position over the first `count` windows, the same beyond seq_len in overlapping
-    windows, bytes of the state of a text of seq_len, and the precision of training and of this. NaN for what is not."""
-    config, T, length = training.arm.train, training.arm.model.seq_len, windows.seq_len
-    if training.diverged():
-        return torch.full((length,), math.nan, dtype=torch.float64), math.nan, None, None
-    checkpoint = load_checkpoint(training.folder / "ckpt.pt")                     # best.pt was picked on this text
-    model, precision = load_model(checkpoint, device).eval(), checkpoint["config"]["precision"]
+def read(checkpoint, arm, text):
+    """Of the weights of a checkpoint: mean loss by position, the same beyond seq_len in overlapping windows, the loss
+    within seq_len of each source, and the precision of training and of this. NaN for what is not."""
+    T, length, rows = arm.model.seq_len, text.length, arm.train.piece
+    model = load_model(checkpoint, text.device).eval()
+    precision = checkpoint["config"]["precision"]
     again = default_context(model) and length > T
     seen = T if model.config.pos == "learned" else length
-    total, total_again = 0.0, 0.0 if again else math.nan
-    for i in range(0, count, config.piece):
-        x, y = windows.batch(range(i, min(i + config.piece, count)), model.config.vocab_size, device)
-        with autocast(device, precision):
-            total += losses_by_position(model, x[:, :seen], y[:, :seen], T).cpu().double().sum(0)
-            total_again += overlapping(model, x, y, T, config.piece) * len(x) if again else 0.0
-    state = state_bytes(model.hidden(x[:1, :T])[1])
-    return F.pad(total / count, (0, length - seen), value=math.nan), total_again / count, state, precision
+    curves, over, by_source = [], [], {}
+    for name, (windows, count) in text.sources.items():
+        total, total_again = 0.0, 0.0
+        for i in range(0, count, rows):
+            x, y = windows.batch(range(i, min(i + rows, count)), model.config.vocab_size, text.device)
+            with autocast(text.device, precision):
+                total += losses_by_position(model, x[:, :seen], y[:, :seen], T).cpu().double().sum(0)
+                total_again += overlapping(model, x, y, T, rows) * len(x) if again else math.nan
+        curves.append(F.pad(total / count, (0, length - seen), value=math.nan))
+        over.append(total_again / count)
+        by_source[name] = curves[-1][:T].mean().item()
+    curve = torch.stack(curves).mean(0)
+    return {"by_position": [round(loss, 6) for loss in curve.tolist()], "overlapping": statistics.fmean(over),
+            "by_source": by_source, "precision": precision}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an arm costs, with nothing else running
+
+
+def measure_costs(arms, config, device):
+    """{arm's name: costs}: tokens/s of training by train.py and of decoding one text, bytes of its state."""
+    paths = {arm.name: Path(config.out_dir, arm.name, "costs.json") for arm in arms}
+    costs = {name: read_json(path) for name, path in paths.items()}
+    todo = [arm for arm in arms if not costs[arm.name] or costs[arm.name].get("machine") != device_name(device)]
+    slots = Slots(visible_gpus(device), 1)
+    with futures.ThreadPoolExecutor(slots.count) as pool:
+        speeds = list(pool.map(lambda arm: training_speed(arm, config, slots), todo))
+    for arm, speed in zip(tqdm(todo, desc="decoding", disable=None, leave=False), speeds):
+        found = {"machine": device_name(device), "tokens_per_s": speed} | decoding_costs(arm, config, device)
+        write_json(paths[arm.name], found)
+        costs[arm.name] = found
+    return costs
+
+
+def training_speed(arm, config, slots, steps=60):
+    """Median tokens/s of train.py, after what is compiled, with a GPU or the CPU for itself; None if it diverges."""
+    steps = min(steps, arm.train.max_steps)
+    training = Training(arm, arm.rates[0], 1, config)
+    training.folder = Path(config.out_dir, arm.name, "speed")
+    training.command[-1] = f"--out_dir={training.folder}"
+    training.command += [f"--max_steps={steps}", f"--log_interval={max(1, steps // 6)}", "--eval_tokens=1",
+                         "--resume=false"]
+    with slots.take(arm.name) as gpu:
+        threads = max(1, torch.get_num_threads() // slots.count)
+        code, last = training.call(threading.Event(), gpu, threads, Path(config.out_dir, "inductor").absolute())
+    if code not in (0, Diverged.exit_code):
+        raise UserError(f"{training.folder}/log.txt ends, with exit code {code}: {last}")
+    for path in training.folder.glob("*.pt"):
+        path.unlink()
+    speeds = [record["tokens_per_s"] for record in training.regular_records()]
+    return statistics.median(speeds[1:] or speeds) if speeds else None
+
+
+def decoding_costs(arm, config, device, steps=64):
+    """Tokens/s of one text after seq_len tokens, and bytes of the state after seq_len and 16 times that."""
+    precision = pick_precision(config.precision, device) if device.type == "cuda" else "fp32"  # as sample.py
+    T = arm.model.seq_len
+    model = cast_for_decoding(LM(replace(arm.model, seq_len=T + 1000)).to(device), precision)
+    prompt = torch.randint(arm.model.vocab_size, (1, T), device=device)
+    times = decoding_times(model, prompt, steps, device, precision)
+    return {"decoding_tokens_per_s": 1 / statistics.median(times), "decoding_precision": precision,
+            "state_bytes": [state_size(arm.model, tokens, precision) for tokens in (T, 16 * T)]}
+
+
+@torch.no_grad()
+def state_size(config, tokens, precision):
+    """Bytes of the state of a text of so many tokens, as it is kept in this precision."""
+    if config.pos == "learned":
+        config = replace(config, pos="none")                                      # may end before, and the state is the same
+    with torch.device("meta"):
+        model = cast_for_decoding(LM(config), precision)
+        return state_bytes(model.hidden(torch.zeros(1, tokens, dtype=torch.long))[1]["layers"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
 
 
 def bins(T, length):
@@ -405,103 +626,148 @@ def bins(T, length):
     return [*zip(edges, edges[1:])]
 
 
-def evaluate(arm, tuning, trainings, windows, count, device):
+def summarise(arm, tuning, trainings, costs, length):
     """All that is known of an arm. Of losses there is one a seed, NaN if it diverged or has no such position."""
-    T, length = arm.model.seq_len, windows.seq_len
-    curves, again, states, precisions = zip(*(read(training, windows, count, device) for training in trainings))
-    curves = torch.stack(curves)                                                  # (seeds, length)
+    T = arm.model.seq_len
+    unknown = {"by_position": [None] * length, "overlapping": None, "by_source": {}, "precision": None}
+    found = [unknown if t.diverged() else t.losses for t in trainings]
+    curves = torch.tensor([[math.nan if x is None else x for x in one["by_position"]] for one in found],
+                          dtype=torch.float64)                                    # (seeds, length)
 
     def part(start, end):
         return curves[:, start:end].mean(1).tolist()
-    speeds = [record["tokens_per_s"] for t in trainings for record in t.records() if "tokens_per_s" in record]
+    sources = {name: [one["by_source"].get(name, math.nan) for one in found] for one in found for name in one["by_source"]}
     return {"name": arm.name, "arguments": arm.arguments, "mixers": arm.model.mixers, "parameters": arm.parameters(),
-            "state_bytes": next(filter(None, states), None), "lr": trainings[0].lr,
-            "tuning": {t.lr: t.loss() for t in tuning}, "precisions": precisions,
-            "diverged": [t.seed for t in trainings if t.diverged()],
-            "tokens_per_s": statistics.median(speeds) if speeds else None,
-            "within": part(0, T), "beyond": part(T, length), "beyond_overlapping": again,
+            "lr": trainings[0].lr, "tuning": {t.lr: t.loss() for t in tuning}, "seeds": [t.seed for t in trainings],
+            "precisions": [one["precision"] for one in found], "diverged": [t.seed for t in trainings if t.diverged()],
+            "costs": costs or {}, "by_source": sources, "within": part(0, T), "beyond": part(T, length),
+            "beyond_overlapping": [math.nan if one["overlapping"] is None else one["overlapping"] for one in found],
             "bins": [part(start, end) for start, end in bins(T, length)], "by_position": curves.tolist()}
+
+
+def add_equal_time(arms, results, found):
+    """Gives each result the training loss of every seed at the time in which the fastest arm finishes, its seconds,
+    and the curve of its first seed."""
+    speeds = {r["name"]: r["costs"].get("tokens_per_s") for r in results}
+    known = {name: speed for name, speed in speeds.items() if speed}
+    tokens = arms[0].text()["tokens"]
+    seconds = tokens / max(known.values()) if known else math.nan
+    for r in results:
+        speed, (_, trainings) = speeds[r["name"]], found[r["name"]]
+        if not speed:
+            continue
+        sound = [training for training in trainings if not training.diverged()]
+        losses = [training.loss_at(seconds, speed) for training in sound]
+        r["at_equal_time"] = [math.nan if loss is None else loss for loss in losses]
+        tokens_per_step = trainings[0].arm.tokens_per_step()
+        r["by_time"] = [(record["step"] * tokens_per_step / speed, record["loss"])
+                        for training in sound[:1] for record in training.regular_records()]
+    return seconds
 
 
 def rank(results):
     """Sorts them, gives each its difference to a reference, seed by seed, and names that: the first of softmax alone,
     or else the first."""
     reference = next((r for r in results if {*r["mixers"]} == {"softmax"}), results[0])
+    of_seed = dict(zip(reference["seeds"], reference["within"]))
     for r in results:
-        r["difference"] = [loss - other for loss, other in zip(r["within"], reference["within"])]
+        r["difference"] = [loss - of_seed.get(seed, math.nan) for seed, loss in zip(r["seeds"], r["within"])]
     results.sort(key=lambda r: (bool(r["diverged"]), statistics.fmean(r["within"])))
     return reference["name"]
 
 
 def cell(losses, result, form=".3f", spread=True):
     """Mean (max - min) for a table."""
-    if math.isnan(statistics.fmean(losses)):
+    if not losses or math.isnan(statistics.fmean(losses)):
         return "diverged" if result["diverged"] else "none"
     end = f" ({max(losses) - min(losses):.3f})" if spread and len(losses) > 1 else ""
     return f"{statistics.fmean(losses):{form}}{end}"
 
 
-def report(results, reference, T, length):
+def report(results, reference, T, length, seconds=math.nan):
     rows = []
     for r in results:
         rows.append({"arm": r["name"], "parameters": f"{r['parameters'] / 1e6:.2f} M", "lr": r["lr"],
-                     f"state of {T} tokens, bytes": r["state_bytes"] or "none",
-                     f"positions 0 to {T - 1}": cell(r["within"], r),
+                     "seeds": " ".join(map(str, r["seeds"])), f"positions 0 to {T - 1}": cell(r["within"], r),
                      f"minus {reference}, by seed": cell(r["difference"], r, "+.3f")})
         if length > T:
             rows[-1] |= {f"{T} to {length - 1}": cell(r["beyond"], r),
                          f"the same in overlapping windows of {T}": cell(r["beyond_overlapping"], r)}
-        rows[-1] |= {"training, tokens/s": r["tokens_per_s"] or "none"}
+        if len(r["by_source"]) > 1:
+            rows[-1] |= {name: cell(losses, r) for name, losses in r["by_source"].items()}
     table("Validation loss in nats a token: mean over the seeds (max - min)", rows)
     names = [str(start) if end == start + 1 else f"{start} to {end - 1}" for start, end in bins(T, length)]
     table("The same by position, mean over the seeds",
           [{"arm": r["name"]} | {name: cell(losses, r, spread=False) for name, losses in zip(names, r["bins"])}
            for r in results])
+    rows = []
+    for r in results:
+        small, large = r["costs"].get("state_bytes", ("none", "none"))
+        rows.append({"arm": r["name"], "training, tokens/s": r["costs"].get("tokens_per_s") or "none",
+                     f"training loss after {seconds:.3g} s": cell(r.get("at_equal_time", []), r),
+                     f"state after {T:,} tokens, bytes": small, f"after {16 * T:,}": large,
+                     "decoding, tokens/s": r["costs"].get("decoding_tokens_per_s", "none")})
+    table("What it costs: one training, one text at a time", rows)
 
 
-def plot_positions(results, path, T, length, title):
-    """Loss against position: a line for the mean of the seeds, a shade for their range, and where training ended."""
-    def draw(axes):
+def plot(results, path, T, length, title):
+    """Loss against position, the mean of the seeds and a shade for their range; and training loss against time."""
+    def draw(panels):
         for result in results:
             points = [(math.sqrt((start + 1) * end), statistics.fmean(losses), min(losses), max(losses))
                       for (start, end), losses in zip(bins(T, length), result["bins"])
                       if not math.isnan(statistics.fmean(losses))]
-            if points:
-                where, means, low, high = zip(*points)
-                line, = axes.plot(where, means, label=result["name"])
-                axes.fill_between(where, low, high, color=line.get_color(), alpha=0.2)
-        axes.axvline(T, color="gray", linestyle="--", label=f"seq_len in training, {T}")
-        axes.set(xscale="log", xlabel="position in the window", ylabel="validation loss (nats per token)")
-        axes.set_title(title, fontsize=9, parse_math=False)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    picture(path, draw, figsize=(8, 5))
+            if not points:
+                continue
+            where, means, low, high = zip(*points)
+            line, = panels[0].plot(where, means, label=result["name"])
+            panels[0].fill_between(where, low, high, color=line.get_color(), alpha=0.2)
+            if curve := [(seconds, loss) for seconds, loss in result.get("by_time", []) if loss is not None]:
+                panels[1].plot(*zip(*smoothed(curve)), color=line.get_color(), label=result["name"])
+        panels[0].axvline(T, color="gray", linestyle="--", label=f"seq_len in training, {T}")
+        panels[0].set(xscale="log", xlabel="position in the window", ylabel="validation loss (nats per token)")
+        panels[1].set(xscale="log", xlabel="seconds of training", ylabel="training loss (nats per token)")
+        panels[0].figure.suptitle(title, fontsize=9, parse_math=False)
+        for panel in panels:
+            panel.grid(alpha=0.3, which="both")
+        panels[0].legend(fontsize=7)
+    picture(path, draw, ncols=2, figsize=(13, 5))
+
+
+def smoothed(curve, width=5):
+    """Means of `width` points of [(x, y)] that follow each other."""
+    groups = [curve[i:i + width] for i in range(0, len(curve), width)]
+    return [[statistics.fmean(column) for column in zip(*group)] for group in groups]
 
 
 @out_of_memory("take a larger --grad_accum, or a smaller --longer")
 def main():
     config, arms = parse(sys.argv[1:])
-    windows, count, device = check(arms, config)
-    found, results = train_all(arms, config), []
-    text, T, length = arms[0].text(), arms[0].model.seq_len, windows.seq_len
-    for arm, (tuning, trainings) in zip(tqdm(arms, desc="evaluating", disable=None, leave=False), found):
-        if trainings:
-            results.append(evaluate(arm, tuning, trainings, windows, count, device))
-    if not results:
-        raise UserError("every arm diverged at every learning rate: try lower --lrs")
+    text = check(arms, config)
+    found, complete = train_all(arms, config, text)
+    said, T = arms[0].text(), arms[0].model.seq_len
+    reported = [arm for arm in arms if not all(training.diverged() for training in found[arm.name][1])]
+    if not reported:
+        raise UserError("every arm diverged at every learning rate: try lower --lrs" if complete else
+                        "no training was finished in that time: the same command with more --minutes goes on")
+    costs = measure_costs(reported, config, text.device) if complete else {}
+    results = [summarise(arm, *found[arm.name], costs.get(arm.name), text.length) for arm in reported]
+    seconds = add_equal_time(arms, results, found)
     reference = rank(results)
     precisions = sorted({p for r in results for p in r["precisions"] if p})
     if len(precisions) > 1:
-        say(f"warning: trainings in {' and '.join(precisions)} are compared: --precision and another --out_dir mend it")
-    title = (f"{text['dataset']}, {text['tokens']:,} tokens of training, seeds: {config.seeds}, {count} windows of "
-             f"{length} tokens; {device_name(device)}, {' and '.join(precisions)}, {config.jobs} at a time")
-    written = {"title": title, "seq_len": T, "length": length, "windows": count, "reference": reference,
-               "arms": results}
-    write_json(Path(config.out_dir, "results.json"), json.loads(json.dumps(written), parse_constant=lambda name: None))
+        say(f"warning: trainings in {' and '.join(precisions)} are compared: --precision and another --out_dir fix it")
+    title = (f"{said['dataset']}, {said['tokens']:,} tokens of training, seeds: {config.seeds}, {text.windows} windows "
+             f"of {text.length} tokens; {device_name(text.device)}, {' and '.join(precisions)}, {config.jobs} at a time")
+    written = {"title": title, "seq_len": T, "length": text.length, "windows": text.windows, "reference": reference,
+               "seconds": seconds, "complete": complete, "arms": results}
+    write_json(Path(config.out_dir, "results.json"), plain_json(written))
     print(title)
-    report(results, reference, T, length)
+    report(results, reference, T, text.length, seconds)
     if config.plot:
-        plot_positions(results, Path(config.plot), T, length, title)
+        plot(results, Path(config.plot), T, text.length, title)
+    if not complete:
+        say("not all is trained yet: the same command resumes")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,12 @@ def sweep(data, tmp_path_factory):  # noqa: F811
 
 def results(folder):
     found = json.loads((folder / "results.json").read_text())
+    assert found.pop("seconds") > 0 and found["complete"]
     for arm in found["arms"]:
-        assert arm.pop("tokens_per_s") > 0
+        costs = arm.pop("costs")
+        assert costs["tokens_per_s"] > 0 and costs["decoding_tokens_per_s"] > 0 and arm.pop("at_equal_time")
+        arm["state_bytes"] = costs["state_bytes"]
+        arm.pop("by_time")
     return found
 
 
@@ -196,8 +200,9 @@ def test_a_training_that_diverged_is_not_taken(tmp_path, capsys):
     found = trained(tmp_path, 0.02, curve_of(1.0, 1.0, val_loss=1.0))
     found.marker.write_text(shlex.join(found.command[2:-1]))
     assert found.diverged() and found.loss() == math.inf
-    found.run(None, None)                                                            # it would again
-    assert compare.sweep(dataclasses.replace(found.arm, rates=[0.02]), 2, lambda arm, runs: [found]) == ([found], [])
+    found.run(None, None, None)                                                      # it would again
+    arm = dataclasses.replace(found.arm, rates=[0.02, 0.04])
+    assert compare.sweep(arm, 2, lambda arm, runs: [found, found]) == ([found, found], [])
     assert "diverged at every lr" in capsys.readouterr().err
     found.command.insert(4, "--max_steps=3")                                         # another command may do better
     assert not found.diverged()
@@ -273,9 +278,10 @@ def test_learned_positions_are_reported_to_seq_len(data, tmp_path):  # noqa: F81
                                     f"--out_dir={tmp_path}"])
     found = Dataset(data / "text")
     found.give_vocabulary(arm.model)
-    training, windows = compare.Training(arm, 0.01, 1, config), Windows(found.val, 32, seed=0)
+    training, text = compare.Training(arm, 0.01, 2, config), compare.Text(found, 32, 256, torch.device("cpu"))
     save(training, LM(arm.model), found)
-    result = compare.evaluate(arm, [], [training], windows, 8, torch.device("cpu"))
+    training.evaluate(text, checkpoints=True)
+    result = compare.summarise(arm, [], [training], {}, 32)
     (losses,), (beyond,), (again,) = (result[key] for key in ("by_position", "beyond", "beyond_overlapping"))
     assert not any(map(math.isnan, losses[:8])) and all(map(math.isnan, losses[8:])) and math.isnan(beyond)
     assert compare.cell([beyond], result) == "none" and again == pytest.approx(math.log(257), rel=0.05)
@@ -286,14 +292,16 @@ def test_a_seed_that_diverged_is_none_of_the_mean(data, tmp_path):  # noqa: F811
     config, (arm,) = compare.parse(["config/base.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path}"])
     found = Dataset(data / "text")
     found.give_vocabulary(arm.model)
-    trainings, windows = [compare.Training(arm, 0.01, seed, config) for seed in (2, 3)], Windows(found.val, 16, seed=0)
+    trainings = [compare.Training(arm, 0.01, seed, config) for seed in (2, 3)]
     for training in trainings:
         save(training, LM(arm.model), found)
     trainings[1].marker.write_text(shlex.join(trainings[1].command[2:-1]))
-    result = compare.evaluate(arm, [], trainings, windows, 4, torch.device("cpu"))
+    for training in trainings:
+        training.evaluate(compare.Text(found, 16, 64, torch.device("cpu")), checkpoints=True)
+    result = compare.summarise(arm, [], trainings, {}, 16)
     assert result["diverged"] == [3] and [math.isnan(loss) for loss in result["within"]] == [False, True]
     assert compare.cell(result["within"], result) == compare.cell(result["beyond"], result) == "diverged"
-    assert result["precisions"] == ("fp32", None)
+    assert result["precisions"] == ["fp32", None]
 
 
 def save(training, model, data):  # noqa: F811
@@ -321,7 +329,7 @@ def test_overlapping_windows_predict_each_token_beyond_from_half_a_window_or_mor
 
 
 def result_of(name, mixers, *within, diverged=()):
-    return {"name": name, "mixers": mixers, "within": [*within], "diverged": [*diverged]}
+    return {"name": name, "mixers": mixers, "within": [*within], "diverged": [*diverged], "seeds": [1, 2]}
 
 
 def test_arms_are_compared_by_seed_to_the_first_that_is_all_softmax_and_a_diverged_one_comes_last():
@@ -335,19 +343,22 @@ def test_arms_are_compared_by_seed_to_the_first_that_is_all_softmax_and_a_diverg
 
 
 def test_without_longer_windows_nothing_is_said_of_positions_beyond(sweep, capsys):
-    arm = sweep.results["arms"][0] | {"tokens_per_s": 100, "beyond_overlapping": [math.nan]}
+    arm = sweep.results["arms"][0] | {"costs": {"tokens_per_s": 100}, "beyond_overlapping": [math.nan]}
     compare.report([arm], arm["name"], 8, 32)
     assert "| 8 to 31 | the same in overlapping windows of 8 |" in capsys.readouterr().out
     compare.report([arm], arm["name"], 8, 8)
     out = capsys.readouterr().out
     assert "| positions 0 to 7 |" in out and "| 8 to" not in out and "overlapping" not in out
-    assert ", 8 windows of 32 tokens; " in sweep.results["title"] and arm["state_bytes"] > 0
+    assert ", 8 windows of 32 tokens; " in sweep.results["title"]
 
 
 def test_trainings_of_several_precisions_are_named(sweep, tmp_path, monkeypatch, capsys):
-    arm = sweep.results["arms"][0] | {"tokens_per_s": 100, "beyond_overlapping": [math.nan], "precisions": ["fp32"]}
-    monkeypatch.setattr(compare, "train_all", lambda arms, config: [([], [None])] * 2)
-    monkeypatch.setattr(compare, "evaluate", lambda arm, *_: found[arm.name])
+    arm = sweep.results["arms"][0] | {"costs": {}, "beyond_overlapping": [math.nan], "precisions": ["fp32"]}
+    training = SimpleNamespace(diverged=lambda: False)
+    monkeypatch.setattr(compare, "train_all",
+                        lambda arms, *_: ({arm.name: ([], [training]) for arm in arms}, True))
+    monkeypatch.setattr(compare, "measure_costs", lambda *_: {})
+    monkeypatch.setattr(compare, "summarise", lambda arm, *_: found[arm.name])
     for other in ("fp32", "bf16"):
         found = {"base": arm, "softmax": arm | {"precisions": [other]}}
         assert run("config/base.py", "config/softmax.py", *sweep.flags[1:], f"--out_dir={tmp_path}") == 0
@@ -423,12 +434,13 @@ def test_a_folder_where_another_trains_holds_back_no_other(data, tmp_path, monke
 
     def other():
         with locked(first):
-            for _ in range(300):
-                if (second / "diverged").exists() and (first / "log.txt").read_text().count(compare.BUSY) > 1:
-                    waited.append(True)
-                    return
+            while not ((second / "diverged").exists() and refused() > 1):              # however long that takes
                 time.sleep(0.1)
-    thread = threading.Thread(target=other)
+            waited.append(True)
+
+    def refused():
+        return (first / "log.txt").read_text().count("is at work in") if (first / "log.txt").exists() else 0
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     flags = [*TINY, f"--data_dir={data}", f"--out_dir={tmp_path}", "--lrs=1e30", "--jobs=1"]
     assert run("config/base.py", "config/softmax.py", *flags) == 2                    # and it diverges: an end, too
@@ -459,20 +471,22 @@ def fake(tmp_path, monkeypatch):
         monkeypatch.setattr(compare, "PROGRAM", tmp_path / "train.py")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         config, arms = compare.parse(["config/base.py", f"--out_dir={tmp_path}/out", *flags])
-        return compare.train_all(arms, config)
+        monkeypatch.setattr(compare.Training, "evaluate", lambda self, *_: setattr(self, "losses", {"text": None}))
+        found, complete = compare.train_all(arms, config, SimpleNamespace(device=torch.device("cpu"), identity=None))
+        return found["base"], complete
     return fake
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_so_many_trainings_run_at_once_as_there_are_jobs(jobs, fake, tmp_path):
-    (tuning, chosen), = fake("""
+    (tuning, chosen), complete = fake("""
 (out / "running").touch()
 time.sleep(0.4)
 (out / "peak").write_text(str(len(list(out.parent.glob("*/running")))))
 (out / "running").unlink()
 write()
 """, f"--jobs={jobs}", "--lrs=0.01,0.02,0.04", "--seeds=2")
-    assert [(t.lr, t.seed) for t in tuning + chosen] == [(0.01, 1), (0.02, 1), (0.04, 1), (0.02, 2), (0.02, 3)]
+    assert complete and [(t.lr, t.seed) for t in tuning + chosen] == [(0.01, 1), (0.02, 1), (0.04, 1), (0.02, 2), (0.02, 3)]
     assert max(int(path.read_text()) for path in tmp_path.glob("out/base/*/peak")) == jobs
 
 
