@@ -563,7 +563,7 @@ def read(checkpoint, arm, text):
 
 def measure_costs(arms, config, device):
     """{arm's name: costs}: tokens/s of training by train.py and of decoding one text, bytes of its state."""
-    paths = {arm.name: Path(config.out_dir, arm.name, "costs.json") for arm in arms}
+    paths = {arm.name: Path(config.out_dir, "costs", f"{arm.name}.json") for arm in arms}
     costs = {name: read_json(path) for name, path in paths.items()}
     todo = [arm for arm in arms if not costs[arm.name] or costs[arm.name].get("machine") != device_name(device)]
     slots = Slots(visible_gpus(device), 1)
@@ -580,7 +580,7 @@ def training_speed(arm, config, slots, steps=60):
     """Median tokens/s of train.py, after what is compiled, with a GPU or the CPU for itself; None if it diverges."""
     steps = min(steps, arm.train.max_steps)
     training = Training(arm, arm.rates[0], 1, config)
-    training.folder = Path(config.out_dir, arm.name, "speed")
+    training.folder = Path(config.out_dir, "costs", arm.name)
     training.command[-1] = f"--out_dir={training.folder}"
     training.command += [f"--max_steps={steps}", f"--log_interval={max(1, steps // 6)}", "--eval_tokens=1",
                          "--resume=false"]
@@ -599,21 +599,21 @@ def decoding_costs(arm, config, device, steps=64):
     """Tokens/s of one text after seq_len tokens, and bytes of the state after seq_len and 16 times that."""
     precision = pick_precision(config.precision, device) if device.type == "cuda" else "fp32"  # as sample.py
     T = arm.model.seq_len
-    model = cast_for_decoding(LM(replace(arm.model, seq_len=T + 1000)).to(device), precision)
+    model = cast_for_decoding(LM(replace(arm.model, seq_len=16 * T + 1000)).to(device), precision)
     prompt = torch.randint(arm.model.vocab_size, (1, T), device=device)
     times = decoding_times(model, prompt, steps, device, precision)
     return {"decoding_tokens_per_s": 1 / statistics.median(times), "decoding_precision": precision,
-            "state_bytes": [state_size(arm.model, tokens, precision) for tokens in (T, 16 * T)]}
+            "state_bytes": [state_size(model, tokens, device, precision) for tokens in (T, 16 * T)]}
 
 
 @torch.no_grad()
-def state_size(config, tokens, precision):
-    """Bytes of the state of a text of so many tokens, as it is kept in this precision."""
-    if config.pos == "learned":
-        config = replace(config, pos="none")                                      # may end before, and the state is the same
-    with torch.device("meta"):
-        model = cast_for_decoding(LM(config), precision)
-        return state_bytes(model.hidden(torch.zeros(1, tokens, dtype=torch.long))[1]["layers"])
+def state_size(model, tokens, device, precision):
+    """Bytes of the state of a text of so many tokens, read in pieces as generate does."""
+    state = None
+    with autocast(device, precision):
+        for piece in torch.zeros(1, tokens, dtype=torch.long, device=device).split(4096, dim=1):
+            _, state = model.hidden(piece, state)
+    return state_bytes(state["layers"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,11 +50,11 @@ class Slots:
 
 def environment(gpu, threads, cache):
     """The environment of a process that has this GPU, `threads` cores, and shares its compiled code in `cache`."""
-    env = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
-    env["OMP_NUM_THREADS"] = str(threads)
+    own = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+           "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if gpu is not None:
-        env["CUDA_VISIBLE_DEVICES"] = gpu
-    return env
+        own["CUDA_VISIBLE_DEVICES"] = gpu
+    return os.environ | own
 
 
 try:

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +93,7 @@ def test_an_arm_is_a_file_and_its_own_settings_which_win_over_flags():
 def test_rates_are_those_given_or_an_arms_own_and_its_half():
     def rates(*argv):
         return [arm.rates for arm in compare.parse([*argv])[1]]
-    assert rates("config/base.py", "config/base.py,max_steps=20000") == [[1e-4, 2e-4]] * 2
+    assert rates("config/base.py", "config/base.py,max_steps=20000") == [[0.005, 0.01]] * 2
     assert rates("config/tiny.py") == [[0.01, 0.02]] and rates("config/tiny.py", "--lrs=4e-2,1e-2") == [[0.01, 0.04]]
 
 
@@ -127,6 +129,26 @@ def test_a_mistake_is_one_line_before_anything_is_trained(argv, wanted, monkeypa
     assert run(*argv) == 2
     err = capsys.readouterr().err
     assert wanted in err and err.count("\n") == 1
+
+
+def test_a_file_may_hold_the_arms_and_settings_for_all_and_flags_win(tmp_path, capsys):
+    file = tmp_path / "sweep.py"
+    file.write_text("arms = ['config/base.py', 'config/softmax.py,dim=64']\nlrs = '0.01'\ndim = 32\nseeds = 2\n")
+    config, arms = compare.parse([str(file), "--seeds=5", "--n_heads=2"])
+    assert [arm.name for arm in arms] == ["base", "softmax,dim=64"] and [arm.model.dim for arm in arms] == [32, 64]
+    assert config.seeds == 5 and [arm.rates for arm in arms] == [[0.01]] * 2 and arms[0].model.n_heads == 2
+    for text, argv, wanted in (("arms = 'config/base.py'", [], "arms must be a list"),
+                               ("arms = ['config/base.py']", ["config/base.py"], "leave out config/base.py"),
+                               ("arms = ['config/base.py']; dmi = 3", [], "the nearest is dim")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=wanted):
+            compare.parse([str(file), *argv])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/sweeps").glob("*.py")), ids=lambda path: path.stem)
+def test_a_sweep_in_the_repository_compares_what_can_be_compared(path):
+    _, arms = compare.parse([str(path)])
+    assert len(arms) > 5
 
 
 @pytest.mark.parametrize("line, wanted", [("eval_only = True", "with eval_only=True trainings are not equal"),
@@ -328,6 +350,31 @@ def test_overlapping_windows_predict_each_token_beyond_from_half_a_window_or_mor
     assert found == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
+def test_each_validation_file_is_read_as_much_as_the_others_and_told_apart(tmp_path):
+    long, short = (FakeFile(tmp_path / f"val-0000{i}.bin", range(size)) for i, size in enumerate((2000, 400)))
+    data = SimpleNamespace(val=[long, short, FakeFile(tmp_path / "val-00002.bin", range(9))], manifest={"files": {
+        f"val-0000{i}.bin": {"source": name} for i, name in enumerate(("mix", "python", "tiny"))}})
+    text = compare.Text(data, 16, 16 * 40, torch.device("cpu"))
+    assert {name: count for name, (_, count) in text.sources.items()} == {"mix": 20, "python": 20}
+    with pytest.raises(UserError, match="3000 tokens, and the longest validation file has 2000: take a smaller --longer"):
+        compare.Text(data, 3000, 100, torch.device("cpu"))
+
+
+class FakeFile(np.ndarray):
+    def __new__(cls, path, tokens):
+        array = np.array(tokens, np.uint16).view(cls)
+        array.filename = path
+        return array
+
+
+def test_the_loss_at_equal_time_is_of_the_last_tenth_of_it(tmp_path):
+    training = trained(tmp_path, 0.1, curve_of(*range(100, 0, -1), val_loss=9.0))
+    training.arm.train.batch_size, training.arm.model.seq_len = 4, 8                  # 32 tokens a step
+    assert training.loss_at(100 * 32 / 10, 10) == statistics.mean(range(1, 11))       # to the end
+    assert training.loss_at(50 * 32 / 10, 10) == statistics.mean(range(51, 56))
+    assert training.loss_at(50 * 32 / 10, 5) == statistics.mean(range(76, 79)) and training.loss_at(0.1, 10) is None
+
+
 def result_of(name, mixers, *within, diverged=()):
     return {"name": name, "mixers": mixers, "within": [*within], "diverged": [*diverged], "seeds": [1, 2]}
 
@@ -358,6 +405,7 @@ def test_trainings_of_several_precisions_are_named(sweep, tmp_path, monkeypatch,
     monkeypatch.setattr(compare, "train_all",
                         lambda arms, *_: ({arm.name: ([], [training]) for arm in arms}, True))
     monkeypatch.setattr(compare, "measure_costs", lambda *_: {})
+    monkeypatch.setattr(compare, "add_equal_time", lambda *_: 1.0)
     monkeypatch.setattr(compare, "summarise", lambda arm, *_: found[arm.name])
     for other in ("fp32", "bf16"):
         found = {"base": arm, "softmax": arm | {"precisions": [other]}}
@@ -410,10 +458,22 @@ def test_a_folder_of_another_run_is_noticed_before_anything_is_trained(sweep, mo
     assert "weight_decay was 0.1, now 0.3: take another --out_dir" in err and err.count("\n") == 1
 
 
-def test_a_lost_checkpoint_and_too_long_windows_are_told_with_their_mends(sweep, tmp_path, monkeypatch, capsys):
+def test_of_a_finished_training_no_checkpoint_is_needed(sweep, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(sweep.folder, tmp_path / "copy")
+    for path in folder.glob("*/lr*/*.pt"):
+        path.unlink()
+    monkeypatch.setattr(compare, "PROGRAM", tmp_path / "no such program")
+    assert run(*sweep.flags, f"--out_dir={folder}") == 0
+    assert results(folder)["arms"] == sweep.results["arms"]
+    assert run(*sweep.flags, f"--out_dir={folder}", "--longer=2") == 2
+    assert "was read with another --longer, and its checkpoint is deleted" in capsys.readouterr().err
+
+
+def test_a_lost_checkpoint_and_too_long_windows_are_told_with_their_fixes(sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_all", None)
     folder = shutil.copytree(sweep.folder, tmp_path / "copy")
     checkpoint = next(path for path in folder.glob("*/lr*/ckpt.pt") if (path.parent / "best.pt").exists())
+    (checkpoint.parent / "finished.json").unlink()
 
     def told(*flags):
         assert run(*sweep.flags, f"--out_dir={folder}", *flags) == 2
@@ -488,6 +548,38 @@ write()
 """, f"--jobs={jobs}", "--lrs=0.01,0.02,0.04", "--seeds=2")
     assert complete and [(t.lr, t.seed) for t in tuning + chosen] == [(0.01, 1), (0.02, 1), (0.04, 1), (0.02, 2), (0.02, 3)]
     assert max(int(path.read_text()) for path in tmp_path.glob("out/base/*/peak")) == jobs
+
+
+def test_each_gpu_has_its_own_trainings_and_compiled_code_is_shared(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "visible_gpus", lambda device: ["3", "GPU-7"])
+    fake("""
+(out / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+(out / "cache").write_text(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+while len(list(out.parent.glob("*/gpu"))) < 4:                                       # all four at once
+    time.sleep(0.05)
+write()
+""", "--jobs=2", "--lrs=0.01", "--seeds=4")
+    gpus = [path.read_text() for path in tmp_path.glob("out/base/*/gpu")]
+    caches = {path.read_text() for path in tmp_path.glob("out/base/*/cache")}
+    assert sorted(gpus) == ["3", "3", "GPU-7", "GPU-7"] and caches == {str(tmp_path / "out/inductor")}
+
+
+def test_when_the_time_is_up_trainings_are_stopped_and_what_is_finished_is_kept(fake, tmp_path, monkeypatch):
+    base = tmp_path / "out/base"
+    monkeypatch.setattr(compare.Clock, "is_late", lambda clock: bool([*base.glob("*/pid")]))
+    (tuning, chosen), complete = fake("""
+if not list(out.parent.glob("*/metrics.jsonl")):                                     # the first that is started
+    write()
+    sys.exit()
+(out / "pid").write_text(str(os.getpid()))
+while True:
+    time.sleep(60)
+""", "--jobs=1", "--lrs=0.01", "--seeds=3")
+    finished, = base.glob("*/metrics.jsonl")
+    assert not complete and tuning == [] and [training.folder for training in chosen] == [finished.parent]
+    stopped, = base.glob("*/pid")                                                    # and no third was started
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(stopped.read_text()), 0)
 
 
 @pytest.mark.parametrize("cause", ["SIGTERM", "a training that fails"])
