@@ -49,7 +49,7 @@ from configurator import UserError, command, configure, help_first, joined, read
 help_first(__name__, __file__)
 
 from support.dataset import Dataset, Windows                                      # support comes before torch
-from support.files import Busy, replacing, write_json
+from support.files import Busy, read_json, replacing, write_json
 from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say
 from support.measure import cast_for_decoding, decoding_times
 from support.report import Log, picture, table
@@ -237,20 +237,6 @@ def check_folders(arm, out_dir, data):
             refuse_changes(path, saved, train, arm.model, data)
         except UserError as error:
             raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
-
-
-def read_json(path, *keys):
-    """What write_json wrote; None where there is none, or it is damaged or lacks keys: it can be made again."""
-    try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict) and {*keys} <= {*found}:
-            return found
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        pass
-    say(f"warning: {path} is damaged, and is made again")
-    return None
 
 
 def check_target(path, flag):

@@ -12,7 +12,8 @@ value:
 
 A model can only answer from what its state has kept, so accuracy against the bytes of the state is the price of a small
 state, and accuracy against decoding speed is what it buys. Models are LM of model.py with two layers: the gated
-convolution, which can put a key beside its value, then the mixer in question.
+convolution, which can put a key beside its value, then the mixer in question; x + norm(x) follows each, as in the
+published code, where an identity takes the place of the MLP.
 
 Each run is one JSON file in out_dir, written when it is done; runs that are there are not repeated. A run stops early
 at a mean accuracy of 0.99 over the test settings, as in [1]; the remaining learning rates of that configuration and
@@ -20,13 +21,21 @@ seed are then left out, since they could not change the figure. Learning rates a
 half-way is 0.1 behind a finished one of the same configuration and seed is given up. Test accuracy picks the learning
 rate, as published.
 
-Differs from [1] and its code: our gated convolution has no bias, no skip of its own, and a SiLU; no dropout on
-attention weights; bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16); the last, smaller batch of a part is
-left out. Their window of 64 sees 65 tokens, itself included, and so does ours here.
+Runs go on side by side, on every visible GPU or on the cores of the CPU.
+
+Differs from [1] and its code:
+- no dropout on attention weights; the last, smaller batch of a part is left out
+- bf16 autocast on a GPU where theirs is fp32 (delta rules: bf16)
+- delta rules: no scale K^-1/2 of q, eps 1e-6 in the output norm (theirs 1e-5), F.normalize for q and k (theirs
+  x rsqrt(sum x^2 + 1e-6)); decays are drawn from 0.01 to 16 (theirs 0 to 16)
+- bytes of a state are those of all tensors kept; theirs leave out the short convolutions of delta rules (2 kB more here
+  at d64), and count 3 inputs of the first convolution where 2 are kept
+Their window of 64 sees 65 tokens, itself included, and so does ours here.
 
   [1] Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, 2402.18668
 """
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -35,22 +44,20 @@ import os
 import statistics
 import sys
 import time
-import traceback
-from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, command, configure, help_first
-
-help_first(__name__, __file__, config_file=False)
-
-from support.files import write_json                                              # support comes before torch
+from configurator import UserError, command, configure
+from support.files import read_json, write_json                                   # support comes before torch
 from support.machine import autocast, device_name, pick_device, pick_precision, race, say
 from support.report import picture, table
+from support.side_by_side import visible_gpus, watch_parent
 from support.speedups import captured
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -63,10 +70,10 @@ class RecallConfig:
     full: bool = False               # the published setting: hours on a CPU
     smoke: bool = False              # its sizes with hardly any steps: whether everything works, within a minute or two
     minutes: float = 0.0             # start no more training steps after this time; 0 is no limit
-    only: str = ""                   # configurations to run, separated by commas; all by default
-    seeds: int = 0                   # runs of each configuration and learning rate; 0 is 2, with --full 1
+    only: str = ""                   # configurations or families to run (based, "elu d64"), with commas; "": all
+    seeds: int = 0                   # runs of each configuration and learning rate; 0 is that of the setting
     epochs: int = 0                  # passes over the training set; 0 is that of the setting
-    workers: int = 0                 # processes that share the machine; 0 is 1 for every core, at most 6
+    workers: int = 0                 # processes that share the machine; 0 is 1 for every core, at most 6 on each GPU
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py, but auto is fp32 on a CPU
     compile: bool = True             # torch.compile and CUDA graphs; on a CPU neither is used
@@ -102,10 +109,14 @@ class Setting:
     batch_size: int
     epochs: int
     lrs: tuple             # best guess first
-    seeds: int
+    seeds: int             # runs of each model and learning rate
     models: tuple          # names: a family, dSIZE the model's width, fSIZE the feature_dim
     decode_batch: int      # sequences decoded at once
     decode_after: int      # tokens that they have read before
+    more_seeds: dict = field(default_factory=dict)                                # {name: seeds}, where runs differ most
+
+    def seeds_of(self, name):
+        return self.more_seeds.get(name, self.seeds)
 
     def config(self, name):
         family, *sizes = name.split()
@@ -122,8 +133,8 @@ FAMILIES = {"softmax": dict(mixers="conv softmax"), "elu": dict(mixers="conv lin
                              short_conv=True)}
 FAMILIES["gated_deltanet"] = FAMILIES["deltanet"] | dict(decay="gated", expand_v=2.0)
 FULL = Setting(                                                                   # [1, Figure 2]
-    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=1,
-    decode_batch=1024, decode_after=1024,
+    vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=2,
+    decode_batch=1024, decode_after=1024, more_seeds={"gated_deltanet d64": 3},
     train=(Part(64, 4, 100_000), *(Part(T, pairs, 20_000) for T, pairs in ((128, 8), (256, 16), (256, 32), (256, 64)))),
     test=tuple(Part(T, pairs, 1000) for T, pairs in
                ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))),
@@ -136,7 +147,7 @@ SMALL = Setting(
     test=(Part(32, 4, 256), Part(64, 8, 256), Part(64, 16, 256), Part(128, 32, 256)),
     models=("softmax d32", "based d32 f8", "gated_deltanet d32", "deltanet d32", "elu d32", "window16 d32"))
 SMOKE = dataclasses.replace(
-    FULL, epochs=1, lrs=FULL.lrs[:1], train=tuple(part._replace(examples=512) for part in FULL.train),
+    FULL, epochs=1, lrs=FULL.lrs[:1], seeds=1, more_seeds={}, train=tuple(part._replace(examples=512) for part in FULL.train),
     test=tuple(part._replace(examples=64) for part in FULL.test),
     models=("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128"))
 
@@ -210,6 +221,8 @@ def new_model(config, seed):
     model = LM(config)
     for block in model.blocks:
         block.dropout = 0.0                                                       # on the embedding alone [1]
+        block.norm2 = nn.LayerNorm(config.dim)                                    # x + norm(x), as published
+        block.mlp = nn.Identity()
     return model
 
 
@@ -357,7 +370,7 @@ class Trainer:
 @torch.no_grad()
 def state_size(config):
     """Bytes of the state of one sequence in fp32, after as many tokens as the longest test has."""
-    _, state = LM(config).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
+    _, state = new_model(config, 0).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
     return state_bytes(state["layers"])
 
 
@@ -368,7 +381,7 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
     Every step starts from the same state, which is what a step costs at that length; a softmax cache is copied to grow.
     On a GPU the step is one CUDA graph: launches would hide the difference. Median of `repeats`, after a warm-up.
     """
-    model = LM(config).to(device).eval()
+    model = new_model(config, 0).to(device).eval()
     tokens = torch.randint(config.vocab_size, (batch, after), device=device)
     with autocast(device, precision):
         states = [model.hidden(piece)[1] for piece in tokens.split(64)]
@@ -389,7 +402,7 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All runs, on several processes: each keeps its configurations, and takes their learning rates in turn
+# All runs, on several processes: each keeps its configurations, and tries all of them at one learning rate, then the next
 
 
 def run_file(folder, name, lr, seed):
@@ -401,17 +414,26 @@ def read_runs(folder, setting, names):
     runs = {}
     for name in names:
         for path in sorted(folder.glob(f"{name.replace(' ', '-')}-lr*.json")):
-            record = json.loads(path.read_text())
-            if record["setting"] != fingerprint(setting, name):
+            record = read_json(path, "setting", "lr", "seed", "mean", "accuracy", "end", "history", "seconds", "epoch")
+            if record is None:
+                say(f"warning: {path} is damaged, and is run again")
+            elif record["setting"] != fingerprint(setting, name):
                 raise UserError(f"{path} is of other settings: take another --out_dir, or delete it")
-            runs[name, record["lr"], record["seed"]] = record
+            else:
+                runs[name, record["lr"], record["seed"]] = record
     return runs
 
 
 def fingerprint(setting, name):
     """What a run depends on, as JSON gives it back."""
     same = {key: getattr(setting, key) for key in ("vocab_size", "train", "test", "batch_size", "epochs")}
-    return json.loads(json.dumps(same | {"model": dataclasses.asdict(setting.config(name))}))
+    same |= {"after a mixer": "x + norm(x)", "model": dataclasses.asdict(setting.config(name))}
+    return json.loads(json.dumps(same))
+
+
+def all_runs(names, setting):
+    """(name, lr, seed) of every run that may be needed."""
+    return [(name, lr, seed) for lr in setting.lrs for name in names for seed in range(setting.seeds_of(name))]
 
 
 def needless(runs, name, lr, seed):
@@ -420,39 +442,56 @@ def needless(runs, name, lr, seed):
         run["end"] == "solved" for key, run in runs.items() if key[0] == name and key[2] == seed)
 
 
-def start_worker(cells):
-    global epochs_done                                                            # shared memory, a number a worker
-    epochs_done = cells
+class Worker(NamedTuple):
+    """What one worker process does: its runs, in this order, and where."""
+    number: int
+    runs: list             # of (name, lr, seed); all rates of a name and seed are one worker's
+    setting: Setting
+    folder: Path
+    device: str
+    gpu: str | None        # CUDA_VISIBLE_DEVICES
+    precision: str
+    use_graphs: bool
+    threads: int
+    deadline: float
 
 
-def work(number, names, setting, folder, device, precision, use_graphs, threads, deadline):
-    """One worker process: the runs of some configurations, first all of them at the first learning rate."""
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
-    device = torch.device(device)
+def work(worker, epochs_done):
+    """Makes the runs of a Worker. epochs_done: shared memory, a number for each worker."""
+    setting, folder = worker.setting, worker.folder
+    torch.set_num_threads(worker.threads)
+    torch.set_float32_matmul_precision("high" if worker.precision == "bf16" else "highest")
+    device = torch.device(worker.device)
     train_data = make_data(setting.train, setting.vocab_size, 123, device)
     test_data = make_data(setting.test, setting.vocab_size, 456, device)
+    names = dict.fromkeys(name for name, _, _ in worker.runs)
     runs, trainers = read_runs(folder, setting, names), {}
-    for seed, lr, name in itertools.product(range(setting.seeds), setting.lrs, names):
-        before = epochs_done[number]
+    for name, lr, seed in worker.runs:
+        before = epochs_done[worker.number]
 
         def tell(epoch):
-            epochs_done[number] = before + epoch
+            epochs_done[worker.number] = before + epoch
         if not needless(runs, name, lr, seed):
-            if time.time() > deadline:
+            if time.time() > worker.deadline:
                 return
             if name not in trainers:
-                trainers[name] = usable(name, setting, device, precision, use_graphs, train_data)
+                trainers[name] = usable(name, setting, device, worker.precision, worker.use_graphs, train_data)
             others = [run["history"] for key, run in runs.items() if key[0] == name and key[2] == seed]
             rival = max(others, key=lambda history: history[-1]["mean"], default=None)
-            record = trainers[name].run(lr, seed, train_data, test_data, setting.epochs, deadline, rival, tell)
+            record = trainers[name].run(lr, seed, train_data, test_data, setting.epochs, worker.deadline, rival, tell)
             if record is None:
                 return
-            record |= {"name": name, "precision": precision, "graphs": trainers[name].use_graphs,
+            record |= {"name": name, "precision": worker.precision, "graphs": trainers[name].use_graphs,
                        "setting": fingerprint(setting, name), "machine": device_name(device)}
             write_json(run_file(folder, name, lr, seed), record)
             runs[name, lr, seed] = record
         tell(setting.epochs)
+
+
+def start(worker, epochs_done):
+    """work() as a process of its own, which ends when the program does, even by kill -9."""
+    watch_parent()
+    work(worker, epochs_done)
 
 
 def usable(name, setting, device, precision, fast, data):
@@ -476,34 +515,51 @@ def usable(name, setting, device, precision, fast, data):
             say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {reason}")
 
 
-def run_all(names, setting, folder, device, precision, args, deadline):
-    """Starts the workers and shows how far they are."""
+def plan(names, setting, folder, device, precision, args, deadline):
+    """The Workers: one for each core or so, on a CPU or spread over the GPUs."""
+    gpus = visible_gpus(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(args.workers or min(6, cores), len(names))
+    runs = all_runs(names, setting)
+    units = list(dict.fromkeys((name, seed) for name, _, seed in runs))
+    count = min(args.workers or min(6 * len(gpus), cores), len(units))
+    threads = max(1, torch.get_num_threads() // count)
+    workers = []
+    for i in range(count):
+        mine = {*units[i::count]}
+        workers.append(Worker(i, [run for run in runs if (run[0], run[2]) in mine], setting, folder, str(device),
+                              gpus[i % len(gpus)], precision, args.compile, threads, deadline))
+    return workers
+
+
+def run_all(workers):
+    """Starts the workers and shows how far they are."""
+    folder, setting = workers[0].folder, workers[0].setting
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder / "inductor").absolute())  # compiled code is shared
     spawn = multiprocessing.get_context("spawn")                                  # CUDA does not outlive a fork
-    cells, shown, failures = spawn.RawArray("q", workers), set(folder.glob("*-lr*.json")), []
-    threads = max(1, torch.get_num_threads() // workers)
-    options = setting, folder, str(device), precision, args.compile, threads, deadline
-    total = len(names) * len(setting.lrs) * setting.seeds * setting.epochs
-    with (tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar,
-          futures.ProcessPoolExecutor(workers, spawn, start_worker, (cells,)) as pool):
-        waiting = {pool.submit(work, i, names[i::workers], *options) for i in range(workers)}
+    cells, shown = spawn.RawArray("q", len(workers)), {*folder.glob("*-lr*.json")}
+    total = sum(len(worker.runs) for worker in workers) * setting.epochs
+    processes = [spawn.Process(target=start, args=(worker, cells), daemon=True) for worker in workers]
+    with tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar:
         try:
-            while waiting:
-                done, waiting = futures.wait(waiting, timeout=1)
+            for worker, process in zip(workers, processes):
+                if worker.gpu is not None:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = worker.gpu               # the process inherits it
+                process.start()
+            while running := [process.sentinel for process in processes if process.is_alive()]:
+                connection.wait(running, timeout=1)
                 bar.update(sum(cells) - bar.n)
                 for path in sorted({*folder.glob("*-lr*.json")} - shown):
                     run = json.loads(path.read_text())
                     say(f"{run['name']:20} lr {run['lr']:.1e} seed {run['seed']}: accuracy {run['mean']:.3f} "
                         f"after {run['epoch']} epochs")
                     shown.add(path)
-                failures += [future.exception() for future in done if future.exception()]
         finally:
-            for process in multiprocessing.active_children() if waiting else ():  # Ctrl-C: they need not finish
-                process.terminate()
-    if failures:
-        traceback.print_exception(failures[0])
-        raise UserError(f"a worker stopped: {failures[0]!r} (finished runs are kept; the same command goes on)")
+            for process in processes:                                             # Ctrl-C: they need not finish
+                if process.is_alive():
+                    process.terminate()
+    if failed := [process.exitcode for process in processes if process.exitcode]:
+        raise UserError(f"a worker stopped with exit code {failed[0]}, for the reason above: finished runs are kept, "
+                        "and the same command resumes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -520,9 +576,10 @@ def summarise(names, setting, runs, costs):
                 best[seed] = max(best.get(seed, run), run, key=lambda run: run["mean"])
         if not best:
             continue
-        means, accuracies = [run["mean"] for run in best.values()], zip(*(run["accuracy"] for run in best.values()))
+        means = [run["mean"] for run in best.values()]
+        accuracies = zip(*(run["accuracy"] for run in best.values()))
         rows.append({"model": name, "state, bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
-                     "accuracy": statistics.mean(means),
+                     "accuracy": statistics.mean(means), "lowest": min(means), "highest": max(means),
                      "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
                      "published": PUBLISHED.get(name, (None, ""))[1],
                      "lr": ", ".join(sorted({f"{run['lr']:.1e}" for run in best.values()}))}
@@ -531,31 +588,76 @@ def summarise(names, setting, runs, costs):
 
 
 def plot_tradeoff(rows, path, title, after, with_published):
-    """Accuracy against bytes of state, and against decoding speed; published points as crosses."""
+    """Accuracy against bytes of state, and against decoding speed; bars are the range over seeds, crosses published."""
     def draw(panels):
         families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
-        for i, family in enumerate(families):
-            mine = sorted((row for row in rows if row["model"].split()[0] == family),
-                          key=lambda row: row["state, bytes"])
-            for panel, key in zip(panels, ("state, bytes", "tokens/s")):
-                panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], "o-", color=f"C{i}",
-                           label=family)
-            theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
-            if theirs:
-                panels[0].plot(*zip(*theirs), "x", color=f"C{i}", label=f"{family}, published")
-        panels[0].set(xscale="log", xlabel="state of a sequence, bytes (fp32)",
-                      ylabel="accuracy, mean over test settings", title=title)
-        panels[1].set(xscale="log", xlabel=f"decoding, tokens per second, after {after} tokens")
-        for panel in panels:
+        for panel, key in zip(panels, ("state, bytes", "tokens/s")):
+            labels = []
+            for i, family in enumerate(families):
+                mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row[key])
+                xs, ys = ([row[column] for row in mine] for column in (key, "accuracy"))
+                errors = [[y - row["lowest"] for y, row in zip(ys, mine)], [row["highest"] - y for y, row in zip(ys, mine)]]
+                panel.errorbar(xs, ys, errors, fmt="o-", color=f"C{i}", capsize=3, label=family)
+                labels += [(x, y, " ".join(row["model"].split()[1:]), f"C{i}") for x, y, row in zip(xs, ys, mine)]
+                theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
+                if theirs and key == "state, bytes":
+                    panel.plot(*zip(*theirs), "x", color=f"C{i}", markersize=8)
+            panel.set(xscale="log", ylim=(None, 1.05))
+            panel.margins(x=0.12)
             panel.grid(alpha=0.3, which="both")
-        panels[0].legend(fontsize=7)
-    picture(path, draw, ncols=2, figsize=(11, 4.5), sharey=True)
+            readable_ticks(panel)
+            place_labels(panel, labels)
+        if with_published:
+            panels[0].plot([], [], "x", color="gray", markersize=8, label="published")
+        panels[0].set(xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
+        panels[1].set(xlabel=f"decoding, tokens per second, after {after} tokens")
+        panels[0].legend(fontsize=8, loc="lower right")
+    picture(path, draw, ncols=2, figsize=(14, 6), sharey=True)
+
+
+def readable_ticks(panel):
+    """1, 2 and 5 times the powers of ten, as 20k, on a logarithmic x axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(
+        lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def place_labels(panel, labels):
+    """Writes each (x, y, text, color) beside its point, where it covers no other label or point, if there is such."""
+    figure = panel.figure
+    figure.canvas.draw()
+    points = [panel.transData.transform((x, y)) for x, y, *_ in labels]
+    size, taken = figure.dpi / 72, []                                             # pixels of a point of type
+    for (x, y, text, color), (px, py) in zip(labels, points):
+        width, height = 5.0 * len(text) * size, 9 * size
+        offsets = [(dx, dy) for distance in (6, 14, 24) for dx, dy in
+                   ((0, distance), (0, -distance - 8), (distance, -3), (-distance - width / size, -3))]
+
+        def box(offset):
+            left = px + offset[0] * size - (width / 2 if offset[0] == 0 else 0)
+            bottom = py + offset[1] * size
+            return left, bottom, left + width, bottom + height
+
+        def covered(box):
+            left, bottom, right, top = box
+            hit = any(left < r and l < right and bottom < t and b < top for l, b, r, t in taken)
+            return hit or any(left - 4 < a < right + 4 and bottom - 4 < b < top + 4 for a, b in points)
+        best = next((offset for offset in offsets if not covered(box(offset))), offsets[0])
+        taken.append(box(best))
+        panel.annotate(text, (x, y), best, textcoords="offset points", fontsize=8, color=color,
+                       ha="center" if best[0] == 0 else "left")
 
 
 def measure_costs(names, setting, folder, device, precision):
     """Bytes and decoding speed of each configuration, measured one after the other before training starts."""
     path = folder / "costs.json"
-    costs = json.loads(path.read_text()) if path.exists() else {}
+    costs = read_json(path)
+    if costs is None and path.exists():
+        say(f"warning: {path} is damaged, and is measured again")
+    costs = {name: cost for name, cost in (costs or {}).items()
+             if isinstance(cost, dict) and {"bytes", "tokens_per_s", "machine"} <= {*cost}}
     todo = [name for name in names if costs.get(name, {}).get("machine") != device_name(device)]
     for name in tqdm(todo, desc="decoding", disable=None, leave=False):
         config, batch, after = setting.config(name), setting.decode_batch, setting.decode_after
@@ -565,30 +667,51 @@ def measure_costs(names, setting, folder, device, precision):
     return costs
 
 
+def pick_names(only, models):
+    """The configurations that --only names, by themselves or by their family. UserError for a word that names none."""
+    if not only:
+        return list(models)
+    names = []
+    for word in map(str.strip, only.split(",")):
+        found = [name for name in models if word in (name, name.split()[0])]
+        if not found:
+            known = [*models, *dict.fromkeys(name.split()[0] for name in models)]
+            near = difflib.get_close_matches(word, known, 1, 0)[0]
+            raise UserError(f"--only={only}: {word!r} names no configuration; is it {near!r}? There are "
+                            f"{', '.join(models)}, or their first words")
+        names += [name for name in found if name not in names]
+    return names
+
+
 def main():
     start = time.time()
-    args, = configure(sys.argv[1:], RecallConfig, config_file=False)
-    kind, setting = ("full", FULL) if args.full else ("smoke", SMOKE) if args.smoke else ("small", SMALL)
-    setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds)
-    names = [name for name in setting.models if not args.only or name in args.only.split(",")]
-    if not names:
-        raise UserError(f"--only={args.only} names no configuration; there are {', '.join(setting.models)}")
+    args, = configure(sys.argv[1:], RecallConfig, doc=__doc__, config_file=False)
+    kind, setting = "small", SMALL
+    if args.full:
+        kind, setting = "full", FULL
+    if args.smoke:
+        kind, setting = "smoke", SMOKE
+    setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds,
+                                  more_seeds={} if args.seeds else setting.more_seeds)
+    names = pick_names(args.only, setting.models)
     device = pick_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type != "cuda" else pick_precision(args.precision, device)
     folder = Path(args.out_dir or f"out/recall/{kind}")
     folder.mkdir(parents=True, exist_ok=True)
     read_runs(folder, setting, names)
     costs = measure_costs(names, setting, folder, device, precision)
-    run_all(names, setting, folder, device, precision, args, start + 60 * args.minutes if args.minutes else math.inf)
+    deadline = start + 60 * args.minutes if args.minutes else math.inf
+    run_all(plan(names, setting, folder, device, precision, args, deadline))
     runs = read_runs(folder, setting, names)
     rows = summarise(names, setting, runs, costs)
     if not rows:
-        raise UserError("no run was finished in that time: the same command with more --minutes goes on")
-    table(f"MQAR, {kind} setting", rows)
-    missing = sum(not needless(runs, *run) for run in itertools.product(names, setting.lrs, range(setting.seeds)))
+        raise UserError("no run was finished in that time: the same command with more --minutes resumes")
+    hidden = ("lowest", "highest")
+    table(f"MQAR, {kind} setting", [{key: row[key] for key in row if key not in hidden} for row in rows])
+    missing = sum(not needless(runs, *run) for run in all_runs(names, setting))
     say(f"{device_name(device)}, {precision}: {len(runs)} runs in "
         f"{sum(run['seconds'] for run in runs.values()):.0f} s of training, this call {time.time() - start:.0f} s"
-        + f"; {missing} runs are missing, the same command goes on" * bool(missing))
+        + f"; {missing} runs are missing, the same command resumes" * bool(missing))
     plot_tradeoff(rows, folder / "recall.png", f"MQAR, {kind} setting", setting.decode_after, kind == "full")
 
 

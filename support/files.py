@@ -78,6 +78,15 @@ def write_json(path, value, indent=None):
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
+def read_json(path, *keys):
+    """The dict that write_json wrote; None where there is none, or it is damaged, or lacks a key."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and {*keys} <= {*found} else None
+
+
 def read_text(path):
     try:
         return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()

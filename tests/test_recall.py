@@ -1,9 +1,12 @@
 """experiments/recall.py: the data are the published ones, only answers count, finished runs are kept, and a state's bytes are real."""
 import dataclasses
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -140,11 +143,11 @@ def test_finished_runs_are_skipped_and_a_solved_configuration_needs_no_more(tmp_
             return super().run(lr, seed, *rest)
     monkeypatch.setattr(recall, "Trainer", Counting)
     tiny = dataclasses.replace(TINY, epochs=1)
-    monkeypatch.setattr(recall, "epochs_done", [0], raising=False)
 
     def work():
         calls.clear()
-        recall.work(0, ["elu d16"], tiny, tmp_path, "cpu", "fp32", False, torch.get_num_threads(), float("inf"))
+        runs = recall.all_runs(["elu d16"], tiny)
+        recall.work(recall.Worker(0, runs, tiny, tmp_path, "cpu", None, "fp32", False, torch.get_num_threads(), math.inf), [0])
         return list(calls)
     assert work() == [("linear", 1e-2, 0), ("linear", 3e-2, 0)]
     assert work() == []
@@ -157,17 +160,89 @@ def test_finished_runs_are_skipped_and_a_solved_configuration_needs_no_more(tmp_
     assert work() == []                                                               # could not change the figure
     with pytest.raises(recall.UserError, match="other settings"):
         recall.read_runs(tmp_path, TINY, ["elu d16"])
+    first.write_text(first.read_text()[:50])                                          # a damaged one is run again
+    assert work() == [("linear", 1e-2, 0), ("linear", 3e-2, 0)]
+
+
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def running(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_killed_program_leaves_no_worker_running(tmp_path):
+    program = subprocess.Popen([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", "--only=elu d32,window16",
+                                "--epochs=10000", "--workers=2"], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    workers = []
+    while len(workers) < 2:                                                           # and the resource tracker
+        assert program.poll() is None
+        time.sleep(0.1)
+        workers = [child for child in children(program.pid)
+                   if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    time.sleep(1)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    while any(map(running, workers)):                                                 # however long they take
+        time.sleep(0.1)
+
+
+def test_runs_are_spread_over_the_gpus_and_all_rates_of_one_stay_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(recall, "visible_gpus", lambda device: ["0", "5"])
+    args = recall.RecallConfig(workers=5)
+    workers = recall.plan(list(FULL.models), FULL, tmp_path, torch.device("cuda"), "bf16", args, math.inf)
+    assert [worker.gpu for worker in workers] == ["0", "5", "0", "5", "0"]
+    runs = [run for worker in workers for run in worker.runs]
+    assert len(runs) == len({*runs}) == 4 * (2 * 12 + 3)
+    for worker in workers:
+        mine = {(name, seed) for name, _, seed in worker.runs}
+        assert len(worker.runs) == 4 * len(mine)
+        assert [lr for _, lr, _ in worker.runs] == [lr for lr in FULL.lrs for _ in mine]  # all of them at one rate first
+
+
+def test_names_and_families_may_be_picked():
+    models = FULL.models
+    assert recall.pick_names("", models) == list(models)
+    assert recall.pick_names("deltanet,elu d128", models) == ["deltanet d64", "deltanet d128", "elu d128"]
+    for bad in ("elu,nothing", ",", "elu d64,"):
+        with pytest.raises(recall.UserError, match="names no configuration"):
+            recall.pick_names(bad, models)
+
+
+def test_labels_in_the_picture_cover_no_other_and_ticks_can_be_read():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, panel = pyplot.subplots()
+    panel.set(xscale="log", xlim=(5e3, 2e6), ylim=(0, 1.05))
+    recall.readable_ticks(panel)
+    recall.place_labels(panel, [(x, y, f"d{i} f16", "C0") for i, (x, y) in enumerate(
+        [(1e4, 0.9), (1e4, 0.9), (1.02e4, 0.91), (1e5, 0.5), (1.1e5, 0.5), (1.2e5, 0.52)])])
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in panel.texts]
+    assert len(boxes) == 6 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    ticks = [label.get_text() for label in panel.get_xticklabels() if label.get_text()]
+    assert {"10k", "20k", "50k", "1M"} <= {*ticks}
+    pyplot.close(figure)
 
 
 def test_the_program_ends_with_a_table_in_a_given_time_and_refuses_bad_flags_in_one_line(tmp_path):
     def run(*flags):
         return subprocess.run([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", *flags], cwd=ROOT, text=True,
                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    for flags, wanted in ((("--only=nothing",), "names no configuration"), (("--full", "--smoke"), "take one of them")):
+    for flags, wanted in ((("--only=elu,windw16 d32",), "'windw16 d32' names no configuration; is it 'window16 d32'?"), (("--full", "--smoke"), "take one of them")):
         bad = run(*flags)
         assert bad.returncode == 2 and wanted in bad.stderr and "Traceback" not in bad.stderr
-    done = run("--only=elu d32", "--epochs=1", "--seeds=1", "--workers=1")
+    (tmp_path / "costs.json").write_text('{"elu d32": {"byt')                         # is measured again
+    done = run("--only=elu", "--epochs=1", "--seeds=1", "--workers=1")
     assert done.returncode == 0 and "| elu d32 |" in done.stdout, done.stderr
+    assert "costs.json is damaged, and is measured again" in done.stderr
     assert not list(tmp_path.glob("*.tmp")) and len(list(tmp_path.glob("elu-d32-*.json"))) == 1
     late = run("--only=window16 d32", "--epochs=1", "--seeds=1", "--workers=1", "--minutes=0.0001")
     assert late.returncode == 2 and "no run was finished" in late.stderr
