@@ -589,30 +589,37 @@ def summarise(names, setting, runs, costs):
 
 def plot_tradeoff(rows, path, title, after, with_published):
     """Accuracy against bytes of state, and against decoding speed; bars are the range over seeds, crosses published."""
+    families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
+
+    def draw_panel(panel, key):
+        labels, obstacles = [], []
+        for i, family in enumerate(families):
+            mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row[key])
+            xs, ys, low, high = ([row[column] for row in mine] for column in (key, "accuracy", "lowest", "highest"))
+            bars = [[y - bottom for y, bottom in zip(ys, low)], [top - y for y, top in zip(ys, high)]]
+            panel.errorbar(xs, ys, bars, fmt="o-", color=f"C{i}", capsize=3)
+            labels += [(x, y, row["model"], f"C{i}") for x, y, row in zip(xs, ys, mine)]
+            for x, bottom, top in zip(xs, low, high):
+                obstacles += [(x, bottom + part * (top - bottom)) for part in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+            theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
+            if theirs and key == "state, bytes":
+                panel.plot(*zip(*theirs), "x", color=f"C{i}", markersize=8)
+                obstacles += theirs
+        panel.set(xscale="log", ylim=(None, 1.05))
+        panel.margins(x=0.25)
+        panel.grid(alpha=0.3, which="both")
+        readable_ticks(panel)
+        place_labels(panel, labels, obstacles)
+
     def draw(panels):
-        families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
-        for panel, key in zip(panels, ("state, bytes", "tokens/s")):
-            labels = []
-            for i, family in enumerate(families):
-                mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row[key])
-                xs, ys = ([row[column] for row in mine] for column in (key, "accuracy"))
-                errors = [[y - row["lowest"] for y, row in zip(ys, mine)], [row["highest"] - y for y, row in zip(ys, mine)]]
-                panel.errorbar(xs, ys, errors, fmt="o-", color=f"C{i}", capsize=3, label=family)
-                labels += [(x, y, " ".join(row["model"].split()[1:]), f"C{i}") for x, y, row in zip(xs, ys, mine)]
-                theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
-                if theirs and key == "state, bytes":
-                    panel.plot(*zip(*theirs), "x", color=f"C{i}", markersize=8)
-            panel.set(xscale="log", ylim=(None, 1.05))
-            panel.margins(x=0.12)
-            panel.grid(alpha=0.3, which="both")
-            readable_ticks(panel)
-            place_labels(panel, labels)
+        draw_panel(panels[0], "state, bytes")
+        draw_panel(panels[1], "tokens/s")
         if with_published:
-            panels[0].plot([], [], "x", color="gray", markersize=8, label="published")
+            panels[0].plot([], [], "x", color="gray", markersize=8, label="published, in the color of its point")
+            panels[0].legend(fontsize=8, loc="lower right")
         panels[0].set(xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
         panels[1].set(xlabel=f"decoding, tokens per second, after {after} tokens")
-        panels[0].legend(fontsize=8, loc="lower right")
-    picture(path, draw, ncols=2, figsize=(14, 6), sharey=True)
+    picture(path, draw, ncols=2, figsize=(15, 7), sharey=True)
 
 
 def readable_ticks(panel):
@@ -624,30 +631,33 @@ def readable_ticks(panel):
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
-def place_labels(panel, labels):
-    """Writes each (x, y, text, color) beside its point, where it covers no other label or point, if there is such."""
-    figure = panel.figure
-    figure.canvas.draw()
-    points = [panel.transData.transform((x, y)) for x, y, *_ in labels]
-    size, taken = figure.dpi / 72, []                                             # pixels of a point of type
-    for (x, y, text, color), (px, py) in zip(labels, points):
-        width, height = 5.0 * len(text) * size, 9 * size
-        offsets = [(dx, dy) for distance in (6, 14, 24) for dx, dy in
-                   ((0, distance), (0, -distance - 8), (distance, -3), (-distance - width / size, -3))]
+def place_labels(panel, labels, obstacles):
+    """Writes each (x, y, text, color) near its point, where it covers no label and no obstacle (x, y), if it can."""
+    panel.figure.canvas.draw()                                                    # transData is right only then
+    pixels = panel.figure.dpi / 72                                                # of a point of type
+    points = [panel.transData.transform(point) for point in obstacles]
+    taken = []
+    for x, y, text, color in labels:
+        px, py = panel.transData.transform((x, y))
+        width, height = 4.4 * len(text), 8
+        places = []
+        for far in (8, 14, 22, 32):
+            beside = [(far, -3), (-far - width, -3)]
+            around = [(left, up) for up in (far, -far - height) for left in (4, -4 - width, -width / 2)]
+            places += beside + around
+        boxes = [(px + left * pixels, py + up * pixels, px + (left + width) * pixels, py + (up + height) * pixels)
+                 for left, up in places]
+        free = [i for i, box in enumerate(boxes) if is_free(box, taken, points)]
+        best = free[0] if free else 0
+        taken.append(boxes[best])
+        panel.annotate(text, (x, y), places[best], textcoords="offset points", fontsize=7.5, color=color)
 
-        def box(offset):
-            left = px + offset[0] * size - (width / 2 if offset[0] == 0 else 0)
-            bottom = py + offset[1] * size
-            return left, bottom, left + width, bottom + height
 
-        def covered(box):
-            left, bottom, right, top = box
-            hit = any(left < r and l < right and bottom < t and b < top for l, b, r, t in taken)
-            return hit or any(left - 4 < a < right + 4 and bottom - 4 < b < top + 4 for a, b in points)
-        best = next((offset for offset in offsets if not covered(box(offset))), offsets[0])
-        taken.append(box(best))
-        panel.annotate(text, (x, y), best, textcoords="offset points", fontsize=8, color=color,
-                       ha="center" if best[0] == 0 else "left")
+def is_free(box, taken, points, margin=4):
+    left, bottom, right, top = box
+    meets_box = any(left < r and l < right and bottom < t and b < top for l, b, r, t in taken)
+    return not meets_box and not any(left - margin < x < right + margin and bottom - margin < y < top + margin
+                                     for x, y in points)
 
 
 def measure_costs(names, setting, folder, device, precision):

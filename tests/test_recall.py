@@ -222,8 +222,8 @@ def test_labels_in_the_picture_cover_no_other_and_ticks_can_be_read():
     figure, panel = pyplot.subplots()
     panel.set(xscale="log", xlim=(5e3, 2e6), ylim=(0, 1.05))
     recall.readable_ticks(panel)
-    recall.place_labels(panel, [(x, y, f"d{i} f16", "C0") for i, (x, y) in enumerate(
-        [(1e4, 0.9), (1e4, 0.9), (1.02e4, 0.91), (1e5, 0.5), (1.1e5, 0.5), (1.2e5, 0.52)])])
+    points = [(1e4, 0.9), (1e4, 0.9), (1.02e4, 0.91), (1e5, 0.5), (1.1e5, 0.5), (1.2e5, 0.52)]
+    recall.place_labels(panel, [(x, y, f"based d{i} f16", "C0") for i, (x, y) in enumerate(points)], points)
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in panel.texts]
     assert len(boxes) == 6 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
