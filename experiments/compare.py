@@ -550,15 +550,22 @@ def read(checkpoint, arm, text):
 def measure_costs(arms, config, device):
     """{arm's name: costs}: tokens/s of training by train.py and of decoding one text, bytes of its state."""
     paths = {arm.name: Path(config.out_dir, "costs", f"{arm.name}.json") for arm in arms}
-    costs = {name: read_json(path) for name, path in paths.items()}
-    todo = [arm for arm in arms if not costs[arm.name] or costs[arm.name].get("machine") != device_name(device)]
     slots = Slots(visible_gpus(device), 1)
+
+    def training_part(arm):
+        costs = read_json(paths[arm.name])
+        if costs is None or costs.get("machine") != device_name(device):
+            costs = {"machine": device_name(device), "tokens_per_s": training_speed(arm, config, slots)}
+            write_json(paths[arm.name], costs)
+        return costs
+    say("measuring what each arm costs, with nothing else running")
     with futures.ThreadPoolExecutor(slots.count) as pool:
-        speeds = list(pool.map(lambda arm: training_speed(arm, config, slots), todo))
-    for arm, speed in zip(tqdm(todo, desc="decoding", disable=None, leave=False), speeds):
-        found = {"machine": device_name(device), "tokens_per_s": speed} | decoding_costs(arm, config, device)
-        write_json(paths[arm.name], found)
-        costs[arm.name] = found
+        parts = list(pool.map(training_part, arms))
+    costs = {arm.name: part for arm, part in zip(arms, parts)}
+    for arm in tqdm(arms, desc="decoding", disable=None, leave=False):
+        if "state_bytes" not in costs[arm.name]:
+            costs[arm.name] |= decoding_costs(arm, config, device)
+            write_json(paths[arm.name], costs[arm.name])
     return costs
 
 
