@@ -38,8 +38,12 @@ NANOGPT = {"n_layer": "depth", "n_embd": "dim", "n_head": "n_heads", "block_size
 
 class UserError(ValueError):
     """Something the user can fix. The message is one plain sentence that says what is wrong and how to fix it."""
+    code = 2  # the exit code
 
-    exit_code = 2
+
+class Failed(UserError):
+    """The work came to nothing, and nothing the user typed is wrong: a model whose weights are NaN."""
+    code = 1
 
 
 # Values: computed from the syntax tree, so that nothing a user writes is ever run.
@@ -321,13 +325,21 @@ def settings_in(text):
 # A program's beginning and end.
 
 def command(main):
-    """Runs main() as a program: UserError is one line on stderr and its exit code, Ctrl-C 130, `| head` no complaint."""
-    program, message, code = Path(sys.argv[0]).name, "", 0
+    """Runs main() as a program, which ends with one line on stderr instead of a traceback.
+
+    Exit code 2 is for a UserError and for what the system refuses, 1 for Failed, 130 for Ctrl-C; `| head` is no error.
+    """
+    open_closed_streams()
+    sys.stdout.reconfigure(errors="replace")  # characters that this terminal lacks
+    program = Path(sys.argv[0]).name
+    message = ""
+    code = 0
     try:
         main()
         sys.stdout.flush()  # here, where a closed pipe can still be caught
     except UserError as error:
-        message, code = " ".join(str(error).split()), error.exit_code
+        message = str(error)
+        code = error.code
     except KeyboardInterrupt:
         message = "interrupted"
         code = 130

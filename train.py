@@ -123,7 +123,7 @@ FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval"
 class Diverged(UserError):
     """Too many steps in a row had no finite loss or gradient, or were spikes."""
 
-    exit_code = 3
+    code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -149,11 +149,10 @@ def expand(words):
 
 def parse(argv):
     """(CompareConfig, Arms) of a command line. UserError for what train.py would refuse, before anything is trained."""
+    argv = joined(argv, CompareConfig, TrainConfig, ModelConfig)
     flags = [word for word in argv if word.startswith("-")]
     mine = {field.name for field in fields(CompareConfig)}
     taken = mine - {"device", "precision"}                                        # these train.py is given as well
-    if {"--help", "-h"} & {*flags}:
-        configure(flags, CompareConfig, doc=__doc__)
     texts, from_file = expand([word for word in argv if not word.startswith("-")])
     flags = from_file + flags
     config, = configure([flag for flag in flags if key_of(flag) in mine], CompareConfig)
@@ -306,11 +305,11 @@ class Training:
                 if self.diverged():                                               # meanwhile, in another compare.py
                     break
                 code, last = self.call(stopped, gpu, max(1, torch.get_num_threads() // slots.count), cache)
-            if code == Busy.exit_code:
+            if code == Busy.code:
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")
                 told = True
                 stopped.wait(PAUSE)
-            elif code == Diverged.exit_code:
+            elif code == Diverged.code:
                 with replacing(self.marker) as temporary:
                     temporary.write_text(shlex.join(self.command[2:-1]))
             elif code:
@@ -580,7 +579,7 @@ def training_speed(arm, config, slots, steps=60):
     with slots.take(arm.name) as gpu:
         threads = max(1, torch.get_num_threads() // slots.count)
         code, last = training.call(threading.Event(), gpu, threads, Path(config.out_dir, "inductor").absolute())
-    if code not in (0, Diverged.exit_code):
+    if code not in (0, Diverged.code):
         raise UserError(f"{training.folder}/log.txt ends, with exit code {code}: {last}")
     for path in training.folder.glob("*.pt"):
         path.unlink()

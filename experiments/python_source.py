@@ -17,7 +17,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__, config_file=False)
+
 from support.files import replacing
 from support.machine import say
 from support.report import table
@@ -80,7 +83,7 @@ def write(path, texts):
 
 
 def main():
-    config, = configure(sys.argv[1:], SourceConfig, doc=__doc__, config_file=False)
+    config, = configure(sys.argv[1:], SourceConfig, config_file=False)
     root = Path(config.root or sysconfig.get_path("purelib"))
     packages = find_packages(root)
     if len(packages) < 2:

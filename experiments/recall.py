@@ -49,7 +49,10 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, command, configure
+from configurator import UserError, command, configure, help_first
+
+help_first(__name__, __file__, config_file=False)
+
 from support.files import read_json, write_json                                   # support comes before torch
 from support.machine import autocast, device_name, pick_device, pick_precision, race, say
 from support.report import picture, table
@@ -695,7 +698,7 @@ def pick_names(only, models):
 
 def main():
     start = time.time()
-    args, = configure(sys.argv[1:], RecallConfig, doc=__doc__, config_file=False)
+    args, = configure(sys.argv[1:], RecallConfig, config_file=False)
     kind, setting = "small", SMALL
     if args.full:
         kind, setting = "full", FULL

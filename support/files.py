@@ -37,7 +37,7 @@ def replacing(path):
 class Busy(UserError):
     """Another process is at work in a folder."""
 
-    exit_code = 4
+    code = 4
 
 
 @contextlib.contextmanager

@@ -535,7 +535,7 @@ def test_two_runs_in_one_out_dir_are_refused_and_an_evaluation_beside_one_is_not
     run(at="undisturbed")
     for flags in ([], ["--resume=false"], ["--eval_only"]):
         at_step(monkeypatch, 4, lambda flags=flags: beside(*flags))
-    assert run().code == 0 and sorted(code for code, _ in results) == [0, Busy.exit_code, Busy.exit_code]
+    assert run().code == 0 and sorted(code for code, _ in results) == [0, Busy.code, Busy.exit_code]
     assert all("another train.py is at work in out" in text for code, text in results if code)
     assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
@@ -659,7 +659,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     with monkeypatch.context() as patch:
         poison(patch, range(4, 99), "loss")
         result = run("--max_skips=5", "--save_interval=2")
-    assert result.code == train.Diverged.exit_code and "5 steps in a row were skipped" in result.err.splitlines()[-1]
+    assert result.code == train.Diverged.code and "5 steps in a row were skipped" in result.err.splitlines()[-1]
     checkpoint = load_checkpoint(Path("out/ckpt.pt"))
     assert checkpoint["step"] == 4 and checkpoint["skips"] == [0, 0]
     checkpoint["skips"] = [4, 4]                                                  # as of a Ctrl-C in the row
