@@ -4,12 +4,13 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
-import importlib.machinery
 import importlib.util
 import io
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 import sys
 import traceback
@@ -20,7 +21,7 @@ from pathlib import Path
 from configurator import Failed, UserError
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import replacing
-from support.machine import autocast, pick_device, pick_precision
+from support.machine import autocast, pick_device, pick_precision, say
 
 import torch
 
@@ -30,6 +31,18 @@ CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "da
               "recent_losses", "skips"}
 KEPT = "ckpt-" + 8 * "[0-9]" + ".pt"                                              # the glob of what keep() keeps
 SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
+# Settings of a model that another value leaves its weights their meaning.
+SAME_MEANING = {"seq_len", "dropout", "chunk_size", "tied", "vocab_size", "tokenizer"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_checkpoint(path, content):
+    """content, a dict with the keys of CHECKPOINT, to a file that is whole or not there."""
+    with replacing(path) as temporary:
+        torch.save(plain(content), temporary)
 
 
 def keep(latest, step, count):
@@ -60,10 +73,16 @@ def plain(value):
 
 def load_file(path, device="cpu"):
     """What torch.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    if not Path(path).is_file():                                                  # a pipe would never end
+        Path(path).stat()
+        raise OSError(0, "it is not a file")
     with zipfile.ZipFile(path) as archive:                                        # torch.load looks at no checksums
         if bad := archive.testzip():
             raise UserError(f"checksum of {bad} does not match")
-    return torch.load(path, map_location=device, weights_only=True)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:                                                # torch's words say how to run it
+        raise UserError("it holds more than tensors and plain values, which is never run") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -74,6 +93,8 @@ def load_checkpoint(path, device="cpu"):
         unknown = set() if missing else set(checkpoint["model_config"]) - SETTINGS
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
+    except OSError as error:                                                      # no permission, a folder, a bad disk
+        raise UserError(f"cannot read {path} ({error.strerror or error}): fix that, or name another --out_dir") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
@@ -82,6 +103,47 @@ def load_checkpoint(path, device="cpu"):
     if unknown:
         raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_plugin(path):
+    """Runs a Python file of the user's own, which may add to model.MIXERS and model.FEATURE_MAPS; "" is none.
+
+    Only a path that the user gave on the command line or in a config file ever comes here, none from a checkpoint.
+    """
+    if not path:
+        return
+    file = Path(path).resolve()
+    name = f"plugin_{file.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(file):
+        return
+    if not file.is_file():
+        raise UserError(f"there is no plugin {path}: name a Python file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
+        raise UserError(f"the plugin {path} must be a Python file, ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong in it
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"the plugin {path} fails{where}: {type(error).__name__}: {error}") from None
+
+
+def make_model(settings):
+    """A new model of the settings in a checkpoint."""
+    try:
+        return LM(ModelConfig(**settings))
+    except ValueError as error:                                                   # a mixer that is not here
+        raise UserError(f"the model of this checkpoint cannot be made: {error}; if that is in a file of your own, name "
+                        "it with --plugin=FILE") from None
 
 
 def load_weights(model, checkpoint):
@@ -94,6 +156,7 @@ def load_weights(model, checkpoint):
             # Softmax and window layers had no convolution whatever short_conv said: this one changes nothing.
             weights[name] = torch.zeros_like(weight)
             weights[name][0] = 1
+    check_shared(model, weights, "the checkpoint")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -101,11 +164,55 @@ def load_weights(model, checkpoint):
                         f"{' '.join(str(error).split())[:200]}") from None
 
 
+def check_shared(model, weights, source):
+    """UserError where one tensor of the model, under two names, would be two different ones of the source."""
+    names = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(p, name)
+        if not {first, name} <= weights.keys() or weights[first].data_ptr() == weights[name].data_ptr():
+            continue
+        if not torch.equal(weights[first], weights[name]):
+            raise UserError(f"{source} is untied: its {first} and {name} differ, and tied=True would keep one of the "
+                            "two: take --tied=False")
+
+
+def check_meaning(path, checkpoint, model_config):
+    """UserError where settings changed that leave the weights their shapes and not their meaning."""
+    before = dataclasses.asdict(ModelConfig(**checkpoint["model_config"]))
+    changed = [f"{key} was {before[key]}, now {value}" for key, value in dataclasses.asdict(model_config).items()
+               if value != before[key] and key not in SAME_MEANING]
+    if changed:
+        raise UserError(f"the weights in {path} would mean something else: {'; '.join(changed)}. Leave that out, or "
+                        "take --resume=changed_model to do so on purpose")
+
+
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
-    model = LM(ModelConfig(**checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])})).to(device)
+    model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
     load_weights(model, checkpoint)
     return model
+
+
+def start_from(model, source, name):
+    """Copies the weights of source into model, and says what changed.
+
+    Outside the mixers everything must fit. In a mixer what has the same name and shape is kept and the rest stays new,
+    so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
+    """
+    mine, theirs = model.state_dict(), source.state_dict()
+    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    here, there = (dataclasses.asdict(m.config) for m in (model, source))
+    changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
+    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
+                        "not fit; leave out what is set differently here")
+    check_shared(model, theirs, name)
+    model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
+
+    def names(keys):
+        return ", ".join(sorted({re.sub(r"blocks\.\d+\.", "", key) for key in keys})) or "nothing"
+    say(f"{name}: {changed or 'the same settings'}; kept {len(kept)} of {len(theirs)} tensors; new: "
+        f"{names(mine.keys() - kept)}; left out: {names(theirs.keys() - kept)}")
 
 
 def load_pretrained(source, device="cpu"):
@@ -168,21 +275,3 @@ def inference(model):
     """The autocast to run an opened model in: that of its weights."""
     weight = model.embed.weight
     return autocast(weight.device, "bf16" if weight.dtype == torch.bfloat16 else "fp32")
-
-
-def import_plugin(path):
-    """Runs a Python file of the user's own, if any: it may add mixers and feature maps to those of model.py."""
-    if not path:
-        return
-    name = f"plugin_{Path(path).stem}"
-    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or lines[-1]
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None

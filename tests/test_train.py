@@ -450,7 +450,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
 
 def test_a_run_that_starts_over_says_how_to_go_on_and_torchruns_restart_of_it_goes_on(run, monkeypatch):
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert "stopped at step 5; leave out --resume=false to go on" in run("--resume=false").err
+    assert "stopped at step 5; leave out --resume=false to resume" in run("--resume=false").err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert "continuing at step 5" in run("--resume=false").err
 
@@ -464,6 +464,58 @@ def test_changed_settings_keep_a_better_best_and_the_last_evaluation_but_not_on_
     assert load_checkpoint(Path("out/best.pt"))["step"] == 8 and records(tmp_path / "run")[:len(log)] == log
     run("--max_steps=12", "--resume=changed", *write_dataset(tmp_path / "other/text"))
     assert load_checkpoint(Path("out/best.pt"))["step"] == 12
+
+
+def test_changed_settings_are_each_said_and_a_batch_of_another_size_continues_in_the_text_where_it_was(run, tmp_path):
+    run("--max_steps=6")
+    result = run("--resume=changed", "--batch_size=8", "--lr=5e-3", "--max_steps=8")
+    for words in ("max_steps was 6, now 8", "batch_size was 4, now 8", "lr was 0.01, now 0.005",
+                  "continues at sequence 24: no text is repeated or skipped"):
+        assert words in result.err
+    checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+    assert (checkpoint["sequences"], checkpoint["tokens"]) == (24 + 16, 64 * 6 + 128 * 2)
+    assert [r["tokens"] for r in records(tmp_path / "run") if "lr" in r] == [64, 128, 192, 256, 320, 384, 512, 640]
+
+
+def test_another_length_of_sequences_says_what_of_the_text_comes_again(run, tmp_path):
+    run("--max_steps=6")
+    result = run("--resume=changed", "--seq_len=32", "--max_steps=8")
+    assert "cut and ordered anew, and the run continues at sequence 12" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["tokens"] == 64 * 6 + 128 * 2
+
+
+def test_a_checkpoint_without_a_count_of_sequences_resumes_as_before(run, tmp_path):
+    for at in ("new", "old"):
+        run("--max_steps=6", "--optimizer=muon", "--mixers=linear window", "--depth=2", at=at)
+        if at == "old":
+            checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+            names = [*checkpoint["optimizer"]["state"]]
+            checkpoint["optimizer"]["state"] = dict(enumerate(checkpoint["optimizer"]["state"].values()))
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["params"] = [names.index(name) for name in group["params"]]
+            del checkpoint["sequences"], checkpoint["tokens"]
+            torch.save(checkpoint, "out/ckpt.pt")
+        assert run("--resume=changed", "--max_steps=9", "--optimizer=muon", "--mixers=linear window", "--depth=2", at=at).code == 0
+    assert (tmp_path / "new/out/ckpt.pt").read_bytes() == (tmp_path / "old/out/ckpt.pt").read_bytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_heads=4"], "n_heads was 2, now 4"), (["--feature_map=relu", "--pos=none"], "pos was rope, now none; feature_map was elu, now relu"),
+    (["--mixers=softmax"], "mixers was ['linear'], now ['softmax']"), (["--pos=sinusoidal"], "pos was rope, now sinusoidal")])
+def test_what_gives_the_weights_another_meaning_is_refused_without_the_word_for_it(run, refusal, flags, words):
+    run("--max_steps=3")
+    line = refusal("--resume=changed", "--max_steps=6", *flags)
+    assert words in line and "--resume=changed_model" in line
+    assert run("--resume=changed_model", "--max_steps=6", *flags).code == 0
+
+
+def test_untied_weights_are_not_tied_and_tied_ones_may_be_untied(run, refusal):
+    run("--max_steps=3", "--out_dir=tied")
+    run("--max_steps=3", "--tied=false", "--out_dir=untied")
+    result = run("--tied=false", "--resume=changed", "--max_steps=6", "--out_dir=tied")
+    assert result.code == 0 and "the optimizer starts anew for unembed.weight" in result.err and "tied was True, now False" in result.err
+    for flags in (["--resume=changed", "--max_steps=6", "--out_dir=untied"], ["--init_from=untied", "--tied=true", "--out_dir=new"]):
+        assert "untied: its embed.weight and unembed.weight differ" in refusal(*flags)
 
 
 def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkeypatch):
@@ -667,13 +719,67 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     assert load_checkpoint(Path("out/ckpt.pt"))["skips"] == [4, 0]
 
 
-def test_skips_in_a_row_are_counted_across_a_restart(run, monkeypatch):
-    poison(monkeypatch, range(2, 99), "loss")
+def weights_give_a_loss(path="out/ckpt.pt"):
+    checkpoint = load_checkpoint(Path(path))
+    model = LM(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    loss = model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[0]
+    loss.backward()
+    return all(p.grad.isfinite().all() for p in model.parameters()) and loss.item() < 20
+
+
+RUIN = ["--grad_clip=0", "--save_interval=1", "--max_skips=99"]
+
+
+@pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])                      # 1e30 leaves the loss finite, 1e5 huge
+def test_ruined_weights_are_never_saved_and_a_run_that_ends_with_them_fails_and_starts_again(run, lr):
+    result = run(f"--lr={lr}", *RUIN)
+    assert result.code == 2 and "nothing was saved; try a lower --lr" in result.err.splitlines()[-1]
+    assert not list(Path("out").glob("*.pt"))
+    assert run(f"--lr={lr}", *RUIN).code == 2                                         # the same command starts again
+
+
+@pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])
+@pytest.mark.parametrize("end", ["finish", "SIGTERM", "SIGINT"])
+def test_a_good_checkpoint_outlives_a_run_that_is_ruined_after_it(run, monkeypatch, lr, end):
+    assert run("--max_steps=3").code == 0
+    before = Path("out/ckpt.pt").read_bytes()
+    if end != "finish":
+        at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), getattr(signal, end)))
+    result = run("--resume=changed", f"--lr={lr}", *RUIN)
+    assert "the last good checkpoint is out/ckpt.pt, of step 3" in result.err.splitlines()[-1]
+    assert result.code == {"finish": 2, "SIGTERM": 143, "SIGINT": 130}[end]
+    assert Path("out/ckpt.pt").read_bytes() == before and weights_give_a_loss()
+    assert weights_give_a_loss("out/best.pt")
+
+
+def test_what_is_saved_is_known_to_give_a_finite_loss_on_text_that_comes_next(run, tmp_path, monkeypatch):
+    """The step itself was good, and its weights are not: saved are those before it."""
+    original = train.train_step
+
+    def ruining(model, optimizer, *args):
+        result = original(model, optimizer, *args)
+        if args[1] == 5:
+            with torch.no_grad():
+                model.embed.weight[0, 0] = math.nan
+        return result
+    monkeypatch.setattr(train, "train_step", ruining)
+    result = run()
+    assert result.code == 2 and "step 6 is not saved: its weights give no good loss" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and weights_give_a_loss()
+    assert not [r for r in records(tmp_path / "run") if "val_loss" in r]
+
+
+def test_the_same_command_starts_again_after_a_kill_in_a_run_whose_first_steps_were_skipped(run, monkeypatch):
+    def die(*args):
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run("--max_skips=5").code == 143                                    # after steps 3 and 4
-    assert "5 steps in a row" in run("--max_skips=5").err.splitlines()[-1]
-    assert "step 7: loss nan" in (again := run("--max_skips=5").err) and "step 8:" not in again
+        poison(patch, range(4), "loss")
+        at_step(patch, 8, die)
+        patch.setattr(train.Run, "save_latest", lambda self: None)
+        assert run("--save_interval=1", "--eval_interval=99").code == 130
+    assert max(r["step"] for r in Log.read(Path("out/metrics.jsonl"))) == 8
+    assert run("--save_interval=1", "--eval_interval=99").code == 0
 
 
 def test_a_spike_is_6_sigma_above_the_last_128_losses():
@@ -719,9 +825,23 @@ def test_metrics_have_the_fields_of_the_contract(run):
 def test_eval_only_repeats_the_evaluation_in_the_log(run, tmp_path):
     run()
     before = contents(tmp_path / "run")
-    result = run("--eval_only", "--seq_len=999")                                   # the checkpoint's own shape is used
+    result = run("--eval_only")
     evaluation = {key: value for key, value in records(tmp_path / "run")[-1].items() if key != "tokens"}
     assert json.loads(result.out) == evaluation and contents(tmp_path / "run") == before
+
+
+def test_eval_only_evaluates_what_it_is_told_to_at_the_length_it_is_told_to(run, refusal):
+    run("--max_steps=3")
+    run("--max_steps=6", "--dim=32", "--out_dir=other")
+    theirs = json.loads(Path("other/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    for flags in (["--init_from=other"], ["--init_from=other/ckpt.pt", "--out_dir=nowhere"], ["--out_dir=other"]):
+        assert json.loads(run("--eval_only", "--dim=32", *flags).out)["val_loss"] == theirs
+    long = json.loads(run("--eval_only", "--seq_len=64").out)["val_loss"]
+    assert long == json.loads(run("--eval_only", "--seq_len=64").out)["val_loss"] != json.loads(run("--eval_only").out)["val_loss"]
+    assert "its dim is 16, not 64" in refusal("--eval_only", "--dim=64")
+    assert "its dim is 32, not 16" in refusal("--eval_only", "--init_from=other")
+    assert "its feature_map is elu, not relu" in refusal("--eval_only", "--feature_map=relu", "--pos=none")
+    assert "there is no none" in refusal("--eval_only", "--init_from=none")
 
 
 def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
