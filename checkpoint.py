@@ -218,7 +218,9 @@ def start_from(model, source, name):
 def load_pretrained(source, device="cpu"):
     """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or one of the Hugging Face hub."""
     path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
+    files = [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
+    if path.exists() and not path.is_dir():
+        files = [path]
     if files:
         return load_model(load_checkpoint(files[0]), device)
     hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] != "out"

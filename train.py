@@ -134,6 +134,8 @@ RUINED = 100  # nats per token: no model that has learned anything has such a lo
 class Diverged(UserError):
     """The run cannot continue: its loss or its gradient is not finite."""
 
+    exit_code = 3
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: its loop, then what a step and an evaluation are
@@ -565,7 +567,7 @@ def is_finished(config, step):
 # The program
 
 
-@out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len or --dim")
+@out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len, --dim or --depth")
 @processes()
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, inherit=settings_to_start_from)

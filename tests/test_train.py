@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
 import train
 from checkpoint import load_checkpoint
 from configurator import command
@@ -39,6 +40,7 @@ RUN = ["--batch_size=4", "--grad_accum=1", "--max_steps=12", "--warmup_steps=2",
        "--eval_interval=6", "--save_interval=3", "--eval_tokens=256", "--precision=fp32", "--device=cpu",
        "--dataset=text"]
 BYTES = load_tokenizer("bytes")
+DIVERGED = getattr(configurator.UserError, "exit_code", 0) and 3 or 2
 
 
 @pytest.fixture(autouse=True)
@@ -710,7 +712,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     with monkeypatch.context() as patch:
         poison(patch, range(4, 99), "loss")
         result = run("--max_skips=5", "--save_interval=2")
-    assert result.code == 2 and "5 steps in a row were skipped" in result.err.splitlines()[-1]
+    assert result.code == DIVERGED and "5 steps in a row were skipped" in result.err.splitlines()[-1]
     checkpoint = load_checkpoint(Path("out/ckpt.pt"))
     assert checkpoint["step"] == 4 and checkpoint["skips"] == [0, 0]
     checkpoint["skips"] = [4, 4]                                                  # as of a Ctrl-C in the row
@@ -734,9 +736,9 @@ RUIN = ["--grad_clip=0", "--save_interval=1", "--max_skips=99"]
 @pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])                      # 1e30 leaves the loss finite, 1e5 huge
 def test_ruined_weights_are_never_saved_and_a_run_that_ends_with_them_fails_and_starts_again(run, lr):
     result = run(f"--lr={lr}", *RUIN)
-    assert result.code == 2 and "nothing was saved; try a lower --lr" in result.err.splitlines()[-1]
+    assert result.code == DIVERGED and "nothing was saved; try a lower --lr" in result.err.splitlines()[-1]
     assert not list(Path("out").glob("*.pt"))
-    assert run(f"--lr={lr}", *RUIN).code == 2                                         # the same command starts again
+    assert run(f"--lr={lr}", *RUIN).code == DIVERGED                                         # the same command starts again
 
 
 @pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])
@@ -748,7 +750,7 @@ def test_a_good_checkpoint_outlives_a_run_that_is_ruined_after_it(run, monkeypat
         at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), getattr(signal, end)))
     result = run("--resume=changed", f"--lr={lr}", *RUIN)
     assert "the last good checkpoint is out/ckpt.pt, of step 3" in result.err.splitlines()[-1]
-    assert result.code == {"finish": 2, "SIGTERM": 143, "SIGINT": 130}[end]
+    assert result.code == {"finish": DIVERGED, "SIGTERM": 143, "SIGINT": 130}[end]
     assert Path("out/ckpt.pt").read_bytes() == before and weights_give_a_loss()
     assert weights_give_a_loss("out/best.pt")
 
@@ -765,7 +767,7 @@ def test_what_is_saved_is_known_to_give_a_finite_loss_on_text_that_comes_next(ru
         return result
     monkeypatch.setattr(train, "train_step", ruining)
     result = run()
-    assert result.code == 2 and "step 6 is not saved: its weights give no good loss" in result.err
+    assert result.code == DIVERGED and "step 6 is not saved: its weights give no good loss" in result.err
     assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and weights_give_a_loss()
     assert not [r for r in records(tmp_path / "run") if "val_loss" in r]
 
