@@ -14,14 +14,11 @@ data state; grad_accum and the processes of torchrun only split it. Only the pro
 import dataclasses
 import json
 import math
-import os
 import sys
-import time
-from collections import deque
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from configurator import UserError, command, configure, help_first
 
@@ -31,18 +28,18 @@ from support.dataset import Dataset, Windows, load_tokenizer                    
 from support.files import locked
 from support.machine import (RANK, WORLD, autocast, check_memory, compile_blocks, gather, mean, out_of_memory,
                              peak_memory, pick_device, pick_precision, processes, progress, reduce, run_and_leave, say,
-                             shard, stop_at_signals, whole)
-from support.optim import (load_named_state, lr_at, make_optimizer, named_state, parameter_groups, split_state)
-from support.report import Log, Pace, plot_losses, progress_bar, wanted_trackers
+                             shard, stop_at_signals)
+from support.optim import Spikes, load_named_state, lr_at, make_optimizer, named_state, split_state
+from support.report import Journal, plot_losses, wanted_trackers
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import LM, ModelConfig
-from checkpoint import (KEPT, check_meaning, keep, load_checkpoint, load_model, load_plugin, load_pretrained,
-                        load_weights, start_from, write_checkpoint)
+from model import LM, ModelConfig, require
+from checkpoint import (CHANGED, check_evaluation, clear, find_checkpoint, is_finished, keep, load_model,
+                        load_pretrained, refuse_changes, restore_run, save_run, settings_to_start_from, start_from)
 
 
 @dataclass
@@ -80,39 +77,34 @@ class TrainConfig:
     wandb_project: str = ""          # also log to this project of Weights & Biases; WANDB_MODE=offline needs no account
     eval_only: bool = False          # evaluate the checkpoint in out_dir, or init_from, and stop
 
+    # What changes where a run is kept, how often it reports and how fast it goes, but not what it learns.
+    FREE: ClassVar = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval",
+                      "keep_last", "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
+
     def __post_init__(self):
-        for key in ("batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
-                    "save_interval", "keep_last", "max_skips"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        least = dict.fromkeys(("batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
+                               "save_interval", "keep_last", "max_skips"), 1)
+        least |= dict.fromkeys(("warmup_steps", "lr", "weight_decay", "grad_clip", "seed", "decay_frac", "beta1",
+                                "beta2"), 0)
+        for key, low in least.items():
+            require(getattr(self, key) >= low, f"{key} must be at least {low}, got {getattr(self, key)}")
         for key in ("lr", "weight_decay", "grad_clip"):
-            if getattr(self, key) > 1e38:
-                raise ValueError(f"{key} must be at most 1e38, the range of fp32, got {getattr(self, key)}")
-        if self.lr * self.weight_decay > 1e38:
-            raise ValueError(f"lr={self.lr} times weight_decay={self.weight_decay} is beyond the range of fp32")
-        if not 0 <= self.decay_frac <= 1:
-            raise ValueError(f"decay_frac must be in 0..1, got {self.decay_frac}")
+            require(getattr(self, key) <= 1e38, f"{key} must be in the range of fp32, to 1e38, got {getattr(self, key)}")
+        require(self.lr * self.weight_decay <= 1e38, "lr times weight_decay must be in the range of fp32, to 1e38")
+        require(self.decay_frac <= 1, f"decay_frac must be in 0..1, got {self.decay_frac}")
         for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
-        if not self.dataset:
-            raise ValueError("dataset must be the name of a folder in data_dir, got none")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if self.batch_size % (self.passes * WORLD):
-            pieces = f"grad_accum={self.grad_accum}"
-            if WORLD > 1:
-                pieces = f"{WORLD} processes times {self.passes} pieces each"
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of {pieces}")
-        if self.shard and WORLD == 1:
-            raise ValueError("shard splits a model over several processes of torchrun, with --optimizer=adamw: "
-                             "leave it out")
-        if self.shard and self.optimizer == "muon":
-            raise ValueError("shard does not work with optimizer=muon, which needs whole matrices, and a shard is a "
-                             "part of one: take --optimizer=adamw, or leave --shard out")
+            require(getattr(self, key) < 1, f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
+        require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
+        require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
+        pieces = f"grad_accum={self.grad_accum}"
+        if WORLD > 1:
+            pieces = f"{WORLD} processes times {self.passes} pieces each"
+        require(self.batch_size % (self.passes * WORLD) == 0,
+                f"batch_size={self.batch_size} must be a multiple of {pieces}")
+        require(WORLD > 1 or not self.shard, "shard splits a model over several processes of torchrun, with "
+                "--optimizer=adamw: leave it out")
+        require(self.optimizer != "muon" or not self.shard, "shard does not work with optimizer=muon, which needs whole "
+                "matrices, where a shard is a part of one: take --optimizer=adamw, or leave --shard out")
 
     @property
     def passes(self):
@@ -125,9 +117,6 @@ class TrainConfig:
         return self.batch_size // (self.passes * WORLD)
 
 
-# Settings that change where a run is kept, how often it reports and how fast it goes, but not what it learns.
-FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval", "keep_last",
-        "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
 RUINED = 100  # nats per token: no model that has learned anything has such a loss; one of random weights has log(vocab)
 
 
@@ -163,59 +152,57 @@ class Run:
         self.saved = None                                                         # the step that ckpt.pt holds
         self.best_loss = math.inf
         self.unread = []                                                          # what steps gave, still on the device
+        self.finite = True                                                        # were the last loss and gradient read?
         self.spikes = Spikes()
         self.skips = 0
         self.skips_in_a_row = 0
-        self.finite = True                                                        # the loss and gradient read last
 
     def train(self):
         """To max_steps, or to the first signal. Each step: make it; where due, read, log, save and evaluate."""
         config = self.config
         signals = stop_at_signals()
         stop = 0
-        if config.init_from and self.step == 0 and self.saved is None:            # what it starts from is a result too
+        if config.init_from and self.saved is None:                               # what it starts from is a result too
             self.save_latest()
             if self.saved is None:
-                raise Diverged(f"{config.init_from} gives no finite loss: take another --init_from")
-        with progress_bar(self.step, config.max_steps) as self.bar:
-            self.pace = Pace(self.step, self.tokens, config.max_steps)
+                raise Diverged(f"{config.init_from} gives no good loss: take another --init_from")
+        with self.journal.progress(self.step, self.tokens):
+            pace = self.journal.pace
             while True:
                 # First in the loop, since a resumed run may have been killed between the save and the evaluation.
                 if self.saved == self.step and self.is_due(config.eval_interval) and not stop:
                     self.evaluate()
-                    self.pace.restart(self.step, self.tokens)
+                    pace.restart(self.step, self.tokens)
                 if self.step >= config.max_steps or stop:
                     break
                 self.one_step()
                 stop = reduce(max(signals, default=0), dist.ReduceOp.MAX)         # once a step: a stop has its save
                 save = stop or self.is_due(config.save_interval) or self.is_due(config.eval_interval)
-                if save or self.is_due(config.log_interval) or self.pace.is_due(self.step):
+                if save or self.is_due(config.log_interval) or pace.is_due(self.step):
                     self.read()
-                    self.pace.forecast(self.step, self.tokens)
+                    pace.forecast(self.step, self.tokens)
                 if save:
                     self.save_latest()
-        self.close(stop)
+        if RANK == 0 and not stop:
+            plot_losses(self.out_dir)
+        self.journal.close(self.step, self.out_dir)
+        self.end(stop)
 
-    def close(self, stop):
-        if RANK == 0:
-            if not stop:
-                plot_losses(self.out_dir)
-            for tracker in self.log.trackers:
-                tracker.close(self.step, self.out_dir / "loss.png")
-        left = "nothing was saved"
-        if self.saved is not None:
-            left = f"the last good checkpoint is {self.latest}, of step {self.saved}"
+    def end(self, stop):
+        """Says how a run ended that was stopped, or whose last weights are bad, and exits."""
+        then = "leave out --resume=false to resume" if self.config.resume is False else "the same command resumes"
+        if self.saved != self.step:
+            then = f"its weights give no good loss, and {self.last_good()}"
         if stop:
-            then = "the same command resumes"
-            if self.config.resume is False:
-                then = "leave out --resume=false to resume"
-            if self.saved != self.step:
-                then = f"its weights give no good loss, so {left}"
             say(f"stopped at step {self.step}; {then}")
             raise SystemExit(128 + stop)
         if self.saved != self.step:
-            raise Diverged(f"the run ended at step {self.step} with a loss or gradient that was not finite: {left}; "
-                           f"try a lower --lr with --resume={'false' if self.saved is None else 'changed'}")
+            raise Diverged(f"the run ended at step {self.step}, where {then}")
+
+    def last_good(self):
+        if self.saved is None:
+            return "nothing was saved: try a lower --lr with --resume=false"
+        return f"the last good checkpoint is {self.latest}, of step {self.saved}: try a lower --lr with --resume=changed"
 
     def is_due(self, interval):
         return self.step % interval == 0 or self.step >= self.config.max_steps
@@ -227,173 +214,89 @@ class Run:
         self.sequences += self.config.batch_size
         self.tokens += self.config.batch_size * self.model_config.seq_len
         self.unread.append((self.step, self.tokens, *result))
-        self.bar.update()
+        self.journal.bar.update()
 
     def read(self):
         """What the steps since the last call gave: one wait for the device instead of one each."""
-        unread, self.unread = self.unread, []
-        numbers = torch.tensor([])
-        if unread:
-            numbers = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm, _, _ in unread])
-        for (step, tokens, _, _, skip, spike), (loss, grad_norm) in zip(unread, numbers.tolist()):
+        unread = self.unread
+        self.unread = []
+        if not unread:
+            return
+        numbers = torch.stack([torch.stack([loss, grad_norm]) for _, _, loss, grad_norm, _ in unread]).tolist()
+        for (step, tokens, _, _, spike), (loss, grad_norm) in zip(unread, numbers):
             self.finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            skip = not self.finite or bool(spike)
             if spike is None:
                 spike = self.spikes(loss)
-            skip = not self.finite or skip
             self.skips += skip
             self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
             if spike or skip:
-                self.write(step, tokens, loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip, skips=self.skips)
+                self.journal.write(step, tokens, loss=loss, grad_norm=grad_norm, spike=spike, skipped=skip,
+                                   skips=self.skips)
                 say(f"step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3g}" + ", skipped" * skip)
             if self.skips_in_a_row >= self.config.max_skips:
-                then = "from the start"
-                if self.saved is not None:
-                    then = f"and --resume=changed: the last good checkpoint is {self.latest}, of step {self.saved}"
                 raise Diverged(f"{self.skips_in_a_row} steps in a row were skipped, for a loss or gradient that was "
-                               f"not finite or a spike: try a lower --lr {then}")
+                               f"not finite or a spike: {self.last_good()}")
             if step % self.config.log_interval == 0 or step >= self.config.max_steps:
-                self.report(step, tokens, loss, grad_norm)
-
-    def report(self, step, tokens, loss, grad_norm):
-        """To the log; to the bar on a terminal, and as a line where the output goes to a file."""
-        lr = lr_at(step - 1, self.config)
-        speed = self.pace.tokens_per_s(step, tokens)
-        memory = f"{peak_memory(self.device) / 1e9:.2f} GB"
-        self.write(step, tokens, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed),
-                   time=round(time.time(), 3))
-        self.bar.set_postfix_str(f"loss={loss:.3f}, {speed:,.0f} tok/s, mem={memory}")
-        if self.bar.disable:
-            say(f"step {step}/{self.config.max_steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, {memory}, "
-                f"{self.pace.seconds_left(step) / 60:.1f} min left")
+                self.journal.report(step, tokens, loss, lr_at(step - 1, self.config), grad_norm,
+                                    peak_memory(self.device))
 
     def evaluate(self):
         result = evaluate(self.model, self.data.val, self.data.manifest, self.config, self.device)
         say(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         if result["val_loss"] < self.best_loss:
             self.best_loss = result["val_loss"]
-            self.save(self.best)
-        self.write(self.step, self.tokens, **result)
-        if RANK == 0 and self.log.trackers and not self.config.shard:             # shards take all processes to sample
-            text = self.sample()
-            for tracker in self.log.trackers:
-                tracker.text(self.step, text)
+            save_run(self, self.best)
+        self.journal.write(self.step, self.tokens, **result)
+        if self.journal.trackers and not self.config.shard:                       # shards take all processes to sample
+            self.journal.text(self.step, self.sample())
 
     def sample(self, count=100):
         """A text of the model as it is now, always with the same dice."""
-        self.model.eval()
-        idx = torch.tensor([[self.tokenizer.eot]], device=self.device)
+        tokenizer = load_tokenizer(self.data.manifest["tokenizer"])
+        idx = torch.tensor([[tokenizer.eot]], device=self.device)
         if self.model_config.pos == "learned":
             count = min(count, self.model_config.seq_len - 1)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
+        with self.reading():
             tokens = [int(token) for token, _ in self.model.generate(idx, count, temperature=0.8, generator=generator)]
-        self.model.train()
-        return self.tokenizer.decode_bytes(tokens).decode(errors="replace")
+        return tokenizer.decode_bytes(tokens).decode(errors="replace")
 
-    def write(self, step, tokens, **record):
-        """One record of a step, by one process."""
-        if RANK == 0:
-            self.log.write(step=step, tokens=tokens, **record)
+    @contextmanager
+    def reading(self):
+        """The model without dropout, and without a compilation of its own for what is done rarely."""
+        self.model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
+            yield
+        self.model.train()
 
     def save_latest(self):
         """Saves ckpt.pt, but never bad weights over good ones."""
         if not self.finite or not self.is_sound():
             say(f"step {self.step} is not saved: its weights give no good loss")
             return
-        self.save(self.latest)
+        save_run(self, self.latest)
         self.saved = self.step
         if RANK == 0:
             keep(self.latest, self.step, self.config.keep_last)
 
-    @torch.no_grad()
     def is_sound(self):
         """Do the weights give a finite loss, and will steps from them? Weights of 1e30 give a finite one, and no steps."""
         first = self.sequences + RANK * self.config.passes * self.config.piece    # of the batch that comes next
         x, y = self.windows.batch(range(first, first + self.config.piece), self.model_config.vocab_size, self.device)
-        self.model.eval()
-        with torch.compiler.set_stance("force_eager"), autocast(self.device, self.config.precision):
-            loss = self.model(x, y)[0]
-        self.model.train()
-        norms = torch._foreach_norm([p.to_local() if self.config.shard else p for p in self.model.parameters()])
-        sound = float(loss) < RUINED and bool(torch.stack(norms).isfinite().all())  # in fp32 a square overflows at 1e19
+        with self.reading():
+            loss = float(self.model(x, y)[0])
+            parameters = [p.to_local() if self.config.shard else p for p in self.model.parameters()]
+            norms = torch.stack(torch._foreach_norm(parameters))                  # a square of 1e20 overflows
+        sound = loss < RUINED and bool(norms.isfinite().all())
         return bool(reduce(int(sound), dist.ReduceOp.MIN))
-
-    def save(self, path):
-        model = whole(self.model.state_dict())
-        optimizer = whole(named_state(self.optimizer, self.model))
-        if RANK == 0:
-            write_checkpoint(path, {
-                "model": model, "model_config": dataclasses.asdict(self.model_config), "optimizer": optimizer,
-                "step": self.step, "sequences": self.sequences, "tokens": self.tokens, "best_loss": self.best_loss,
-                "recent_losses": list(self.spikes.recent), "skips": [self.skips, self.skips_in_a_row],
-                "config": dataclasses.asdict(self.config), "rng": {"cpu": torch.get_rng_state()},
-                "data": self.data.fingerprint})
-
-    def restore(self, checkpoint):
-        saved = checkpoint["config"]
-        with torch.device("meta"):                                                # the model as it was: older states
-            before = LM(ModelConfig(**checkpoint["model_config"]))                # are by position in it
-        groups = parameter_groups(before, saved.get("optimizer", "adamw"))
-        names = [name for group in groups.values() for name in group if name in checkpoint["model"]]
-        load_weights(self.model, checkpoint)
-        if saved.get("optimizer", "adamw") != self.config.optimizer:              # resume=changed
-            raise UserError(f"{self.latest} was trained with another optimizer: take --init_from={self.latest} and "
-                            "another --out_dir to start from its weights")
-        new = load_named_state(self.optimizer, self.model, checkpoint["optimizer"], names)
-        if new:
-            say(f"the optimizer starts anew for {', '.join(new)}")
-        self.step = self.saved = checkpoint["step"]
-        self.sequences = checkpoint.get("sequences", self.step * saved["batch_size"])
-        self.tokens = checkpoint.get("tokens", self.sequences * checkpoint["model_config"]["seq_len"])
-        self.best_loss = checkpoint["best_loss"]
-        self.spikes = Spikes(checkpoint["recent_losses"])
-        self.skips, self.skips_in_a_row = checkpoint["skips"]
-        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                       # for the bytes: steps seed their own
-        if self.config.resume in ("changed", "changed_model"):
-            self.restore_changed(checkpoint)
-
-    def restore_changed(self, checkpoint):
-        """Says which settings changed, and what that does to the place in the data."""
-        if self.config.resume == "changed":
-            check_meaning(self.latest, checkpoint, self.model_config)
-        changed = changes(checkpoint, self.config, self.model_config, self.data.fingerprint)
-        say(f"resuming with changed settings: {'; '.join(changed.values()) or 'none'}")
-        self.skips_in_a_row = 0
-        self.best_loss = self.loss_of_best()
-        if changed.keys() & {"seq_len", "seed", "sha256"}:
-            self.sequences = -(-self.tokens // self.model_config.seq_len)
-            read = self.sequences % self.windows.total / self.windows.total
-            say(f"the text is cut and ordered anew, and the run continues at sequence {self.sequences:,}: {read:.0%} of "
-                "the epoch is done, of which some will be read again, and some of the rest left out")
-        elif "batch_size" in changed:
-            say(f"the run continues at sequence {self.sequences:,}: no text is repeated or skipped")
-
-    def loss_of_best(self):
-        """That of best.pt, which may be of an evaluation after ckpt.pt was saved; infinity where ours are of others."""
-        if not self.best.exists():
-            return math.inf
-        best = load_checkpoint(self.best)
-        same = (best["data"] == self.data.fingerprint and best["config"].get("eval_tokens") == self.config.eval_tokens
-                and best["model_config"]["seq_len"] == self.model_config.seq_len)
-        return best["best_loss"] if same else math.inf
 
     def open_folder(self, fresh):
         """Clears away what a killed run left half-written (fresh: and the run itself); opens the log."""
-        if RANK:
-            return
-        wanted = wanted_trackers(self.config)
-        self.tokenizer = load_tokenizer(self.data.manifest["tokenizer"]) if wanted else None  # of the samples they get
-        trackers = [tracker(self, fresh) for tracker in wanted]
-        try:
-            old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob(KEPT)] if fresh else []
-            ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
-            for stale in [*old, *(path for name in ours for path in self.out_dir.glob(name + ".tmp"))]:
-                stale.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
-        again = self.step == 0 or self.is_due(self.config.eval_interval)
-        self.log = Log(self.out_dir / "metrics.jsonl", self.step, trackers, again)
-        if not fresh:
+        if RANK == 0:
+            clear(self.out_dir, fresh)
+        self.journal = Journal(self, fresh)
+        if RANK == 0 and not fresh:
             keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
 
     def spread(self):
@@ -413,9 +316,9 @@ class Run:
 def train_step(model, optimizer, windows, step, config, device, first, spikes):
     """One optimiser step on the sequences from `first` on, or none where the loss or the gradient is not finite.
 
-    Nothing here waits for a GPU: whether to skip is decided there, by the optimiser, and read later.
-    Returns: the loss; the norm of its gradient before clipping; with skip_spikes, which waits, whether the loss was a
-    spike and therefore skipped (False, None without).
+    Nothing here waits for a GPU, unless skip_spikes does: the optimiser decides there whether to skip.
+    Returns: the loss and the norm of its gradient before clipping, on the device; with skip_spikes, whether the loss was
+    a spike, and the step skipped for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
@@ -435,18 +338,14 @@ def train_step(model, optimizer, windows, step, config, device, first, spikes):
     if config.shard:
         grad_norm = grad_norm.full_tensor()
     bad = ~(loss.isfinite() & grad_norm.isfinite())
-    skip, spike = False, None
-    if config.skip_spikes:
-        spike = spikes(float(loss))
-        skip = spike
+    spike = spikes(float(loss)) if config.skip_spikes else None
     if config.shard or device.type == "mps":                                      # their AdamW cannot be told to skip
-        skip_step = skip or bool(bad)
-        if not skip_step:
+        if not spike and not bad:
             optimizer.step()
-    elif not skip:
-        optimizer.step(bad)
+    elif not spike:
+        optimizer.step(skip=bad)
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, skip, spike
+    return loss, grad_norm, spike
 
 
 @torch.no_grad()
@@ -470,99 +369,6 @@ def evaluate(model, files, manifest, config, device):
     return {"val_loss": loss, "ppl": math.exp(min(loss, 100)), "bits_per_byte": loss / math.log(2) * tokens / text}
 
 
-class Spikes:
-    """Watches the loss: is it 6 standard deviations above the last 128?"""
-
-    def __init__(self, recent=()):
-        self.recent = deque(recent, maxlen=128)
-
-    def __call__(self, loss):
-        limit = math.inf
-        if len(self.recent) == 128:
-            limit = np.mean(self.recent) + 6 * np.std(self.recent)
-        if math.isfinite(loss):
-            self.recent.append(loss)
-        return bool(loss > limit)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Where a run begins: anew, from another model, or where it stopped
-
-
-def settings_to_start_from(config):
-    """Defaults for the model's settings: those of the model that this run starts from or evaluates."""
-    load_plugin(config.plugin)                                                    # before the mixers' names are checked
-    latest = Path(config.out_dir) / "ckpt.pt"
-    if config.eval_only and not config.init_from:
-        return load_checkpoint(latest)["model_config"]
-    if not config.init_from:
-        return {}
-    if not config.eval_only:
-        if latest.parent.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
-            raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
-                            "take another --out_dir")
-        if config.resume is not False and latest.exists():                        # started: its source may be gone
-            return load_checkpoint(latest)["model_config"]
-    return dataclasses.asdict(load_pretrained(config.init_from).config)
-
-
-def find_checkpoint(config, model_config, data):
-    """The checkpoint of out_dir that this command continues (or evaluates), or None. UserError if it should not."""
-    latest = Path(config.out_dir) / "ckpt.pt"
-    if config.eval_only and config.init_from:
-        return None
-    if config.resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        config.resume = "auto"                                                    # torchrun's restart of our own run
-    changed = config.resume in ("changed", "changed_model")
-    if config.eval_only or config.resume is True or changed or config.resume == "auto" and latest.exists():
-        checkpoint = load_checkpoint(latest)
-        if config.precision == "auto":                                            # a probe may answer differently today
-            config.precision = checkpoint["config"]["precision"]
-        if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
-            raise UserError(f"{latest} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
-                            f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
-        if not config.eval_only and not changed:
-            refuse_changes(latest, checkpoint, config, model_config, data)
-        return checkpoint
-    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob(KEPT))]
-    log = Log.read(latest.with_name("metrics.jsonl")) if config.resume == "auto" else []
-    if not others and any("val_loss" in record for record in log):                # evaluated is only what was saved
-        raise UserError(f"{latest.parent} has no checkpoint, but the log of a run that had one: move metrics.jsonl "
-                        "away, take another --out_dir, or --resume=false to start over")
-    if config.resume == "auto" and others:
-        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to resume from "
-                        "there, or take --resume=false to start over")
-    return None
-
-
-def changes(checkpoint, config, model_config, data):
-    """{setting: "setting was this, now that"} between a checkpoint and the run that wants to continue it."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    model_before = dataclasses.asdict(ModelConfig(**checkpoint["model_config"]))
-    before = defaults | checkpoint["config"] | model_before | checkpoint["data"]
-    now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
-    changed = {}
-    for key, value in now.items():
-        if key not in FREE and before.get(key) != value:
-            changed[key] = f"{key} was {before.get(key)}, now {value}"
-    if "sha256" in changed:
-        changed["sha256"] = "the files of the dataset are others"
-    return changed
-
-
-def refuse_changes(path, checkpoint, config, model_config, data):
-    """UserError that names what differs between a checkpoint and the run that wants to continue it."""
-    if changed := changes(checkpoint, config, model_config, data):
-        raise UserError(f"{path} is of another run: {'; '.join(changed.values())}. Take another --out_dir, the earlier "
-                        "settings, --resume=changed to resume with the new ones, or --resume=false to start over")
-
-
-def is_finished(config, step):
-    """Is the last step made, and its evaluation, which comes after the save, in the log?"""
-    records = Log.read(Path(config.out_dir, "metrics.jsonl"))
-    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The program
 
@@ -579,7 +385,9 @@ def main():
     device = pick_device(config.device)
     # Two processes in one folder would each rename over what the other saved. Evaluating only reads.
     with nullcontext() if config.eval_only or RANK else locked(Path(config.out_dir), "train.py", "--out_dir"):
-        checkpoint = find_checkpoint(config, model_config, data.fingerprint)
+        checkpoint = find_checkpoint(config, data.fingerprint)
+        if checkpoint and not config.eval_only and config.resume not in CHANGED:
+            refuse_changes(Path(config.out_dir, "ckpt.pt"), checkpoint, config, model_config, data.fingerprint)
         config.precision = gather(pick_precision(config.precision, device))[0]     # a probe may differ between machines
         if device.type == "cuda" and config.precision == "bf16":
             torch.set_float32_matmul_precision("high")                            # bf16 values are exact in TF32
@@ -603,13 +411,7 @@ def evaluate_only(config, model_config, checkpoint, data, device):
     else:
         source, model = config.init_from, load_pretrained(config.init_from, device)
         result = {}
-    theirs = dataclasses.asdict(model.config)
-    changed = [f"{key} is {theirs[key]}, not {value}" for key, value in dataclasses.asdict(model_config).items()
-               if value != theirs[key] and key not in ("seq_len", "dropout", "chunk_size", "tokenizer", "vocab_size")]
-    if changed:
-        raise UserError(f"eval_only evaluates {source} as it is, and its {'; its '.join(changed)}: leave that out")
-    if theirs["pos"] == "learned" and model_config.seq_len > theirs["seq_len"]:
-        raise UserError(f"the learned positions of {source} end at {theirs['seq_len']} tokens: take --seq_len up to that")
+    check_evaluation(source, model, model_config)
     model.config.seq_len = model_config.seq_len
     model.config.chunk_size = model_config.chunk_size
     compile_blocks(model, config.compile, device)
@@ -626,7 +428,7 @@ def train(config, model_config, checkpoint, data, device):
     check_memory(LM, model_config, config, device)
     run = Run(config, model_config, data, device)
     if checkpoint:
-        run.restore(checkpoint)
+        restore_run(run, checkpoint)
     elif config.init_from:
         source = load_pretrained(config.init_from)
         start_from(run.model, source, config.init_from)

@@ -1,6 +1,8 @@
-"""Optimisation: the learning rate of each step, AdamW, and Muon."""
-from collections import defaultdict
+"""Optimisation: the learning rate of each step, AdamW, Muon, and which losses are spikes."""
+import math
+from collections import defaultdict, deque
 
+import numpy as np
 import torch
 
 HIDDEN = ("qkv", "out", "up", "gate", "both")                                     # the blocks' matrices, which Muon takes
@@ -123,6 +125,21 @@ def orthogonal(G, steps=5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X if wide else X.mT
+
+
+class Spikes:
+    """Watches the loss: is it 6 standard deviations above the last 128?"""
+
+    def __init__(self, recent=()):
+        self.recent = deque(recent, maxlen=128)
+
+    def __call__(self, loss):
+        limit = math.inf
+        if len(self.recent) == 128:
+            limit = np.mean(self.recent) + 6 * np.std(self.recent)
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        return bool(loss > limit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

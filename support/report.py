@@ -1,4 +1,5 @@
 """What a run tells: the log, who else watches it, tables and pictures."""
+import contextlib
 import dataclasses
 import html
 import importlib
@@ -12,7 +13,7 @@ import time
 
 from configurator import UserError
 from support.files import replacing
-from support.machine import progress, say
+from support.machine import RANK, progress, say
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,13 +157,54 @@ def wanted_trackers(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The pace of a run
+# A run while it goes
 
 
-def progress_bar(step, steps):
-    """Counts steps, as all settings do."""
-    size = shutil.get_terminal_size()                                             # tqdm would hide itself at 0 x 0
-    return progress(total=steps, initial=step, unit="step", ncols=size.columns, nrows=size.lines)
+class Journal:
+    """What a run tells while it goes, by its first process: to the log, to who else watches it, to the terminal."""
+
+    def __init__(self, run, fresh):
+        self.steps = run.config.max_steps
+        self.log = None
+        if RANK == 0:
+            trackers = [tracker(run, fresh) for tracker in wanted_trackers(run.config)]
+            again = run.step == 0 or run.is_due(run.config.eval_interval)
+            self.log = Log(run.out_dir / "metrics.jsonl", run.step, trackers, again)
+
+    @property
+    def trackers(self):
+        return self.log.trackers if self.log else []
+
+    @contextlib.contextmanager
+    def progress(self, step, tokens):
+        """A bar on a terminal; it counts steps, as all settings do."""
+        size = shutil.get_terminal_size()                                         # tqdm would hide itself at 0 x 0
+        self.pace = Pace(step, tokens, self.steps)
+        with progress(total=self.steps, initial=step, unit="step", ncols=size.columns, nrows=size.lines) as self.bar:
+            yield
+
+    def write(self, step, tokens, **record):
+        """One record of a step."""
+        if self.log:
+            self.log.write(step=step, tokens=tokens, **record)
+
+    def report(self, step, tokens, loss, lr, grad_norm, memory):
+        """To the log; to the bar on a terminal, and as a line where the output goes to a file."""
+        speed = self.pace.tokens_per_s(step, tokens)
+        self.write(step, tokens, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed),
+                   time=round(time.time(), 3))
+        self.bar.set_postfix_str(f"loss={loss:.3f}, {speed:,.0f} tok/s, mem={memory / 1e9:.2f} GB")
+        if self.bar.disable:
+            say(f"step {step}/{self.steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
+                f"{memory / 1e9:.2f} GB, {self.pace.seconds_left(step) / 60:.1f} min left")
+
+    def text(self, step, text):
+        for tracker in self.trackers:
+            tracker.text(step, text)
+
+    def close(self, step, out_dir):
+        for tracker in self.trackers:
+            tracker.close(step, out_dir / "loss.png")
 
 
 class Pace:

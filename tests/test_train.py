@@ -26,6 +26,7 @@ import pytest
 import torch
 
 import configurator
+import model
 import train
 from checkpoint import load_checkpoint
 from configurator import command
@@ -359,6 +360,12 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
         assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
 
 
+def test_shards_with_muon_say_what_does_not_go_together(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(ValueError, match="shard does not work with optimizer=muon, which needs whole matrices"):
+        train.TrainConfig(shard=True, optimizer="muon")
+
+
 @pytest.mark.parametrize("flags", [["--shard"], ["--shard", "--optimizer=muon"]])
 def test_shards_of_one_process_are_refused(refusal, flags):
     assert "shard splits a model over several processes of torchrun" in refusal(*flags)
@@ -520,6 +527,43 @@ def test_untied_weights_are_not_tied_and_tied_ones_may_be_untied(run, refusal):
         assert "untied: its embed.weight and unembed.weight differ" in refusal(*flags)
 
 
+PLUGIN = """
+import torch, model
+
+class Mean(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.out = torch.nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, state, ropes):
+        total, count = state or (0, 0)
+        return self.out(total + x.cumsum(1)), None
+
+model.MIXERS["mean"] = Mean
+"""
+
+
+def test_a_mixer_in_the_users_own_file_is_trained_and_its_file_is_only_ever_named_on_the_command_line(run, refusal, monkeypatch):
+    monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
+    (Path.cwd() / "mine.py").write_text(PLUGIN)
+    assert "mixers must be a pattern of" in refusal("--mixers=mean")
+    flags = "--mixers=mean linear", "--depth=2", f"--plugin={Path.cwd()}/mine.py", "--max_steps=3"
+    assert run(*flags).code == 0
+    model.MIXERS.pop("mean")
+    sys.modules.pop("plugin_mine")
+    assert "name it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
+    assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
+
+
+@pytest.mark.parametrize("content, words", [(None, "there is no plugin mine.py"), ("x = = 1", "SyntaxError"),
+                                            ("import model\n1 / 0", "the plugin mine.py fails, line 2: ZeroDivisionError")])
+def test_a_plugin_that_fails_is_one_line(run, refusal, tmp_path, content, words):
+    (tmp_path / "run").mkdir()
+    if content:
+        (tmp_path / "run/mine.py").write_text(content)
+    assert words in refusal("--plugin=mine.py")
+
+
 def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkeypatch):
     run(at="undisturbed")
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -564,10 +608,12 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
-    (["--dim=10**20"], "out of memory"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
+    (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
+    (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
+    (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
     (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "val-00000.bin, the longest file of its split, has"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
-    (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name is too long"),
+    (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name too long"),
     (["--out_dir=a\0b"], "embedded null byte"), (["nofile.py"], "no such config file"),
     (["--eval_only"], "no checkpoint"), (["--vocab_size=300"], "vocab_size=300 is not that of the dataset, 257")])
 def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(refusal, flags, message):
@@ -881,7 +927,7 @@ def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, pro
     assert process.wait() == 0 and "step 12: val_loss" in text and "loss curve: out/loss.png" in text
     assert Path(tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     if program != "pipe":
-        assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text
+        assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text and "| 12/12 [" in text
         assert re.search(r"\[\d\d:\d\d<\d\d:\d\d,", text)                           # elapsed < left
     else:
         assert "%|" not in text and "\r" not in text
