@@ -123,7 +123,7 @@ RUINED = 100  # nats per token: no model that has learned anything has such a lo
 class Diverged(UserError):
     """The run cannot continue: its loss or its gradient is not finite."""
 
-    exit_code = 3
+    code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
