@@ -263,7 +263,7 @@ class Training:
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")
                 told = True
                 stopped.wait(PAUSE)
-            elif code == 2 and any(DIVERGED in line for line in lines):
+            elif code == 3 or code == 2 and any(DIVERGED in line for line in lines):
                 with replacing(self.marker) as temporary:
                     temporary.write_text(shlex.join(self.command[2:-1]))
             elif code:
