@@ -301,6 +301,14 @@ def shard(model, device):
     """Splits weights and gradients of the model over the processes (FSDP2). Returns their mesh."""
     from torch.distributed.fsdp import fully_shard                                # here: it takes 0.8 s to import
     mesh = dist.init_device_mesh(device.type, (WORLD,))
+    try:
+        probe = torch.nn.Linear(WORLD, WORLD, device=device)
+        fully_shard(probe, mesh=mesh)
+        probe(torch.ones(1, WORLD, device=device)).sum().backward()
+    except Exception as error:  # of torch 2.6 on a CPU: FSDP2 is young
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"shard does not work with torch {torch.__version__} on {device.type} ({reason}): install a newer "
+                        "torch, or leave --shard out") from None
     for module in (*model.blocks, model):                                         # a block is whole only while in use
         fully_shard(module, mesh=mesh)
     return mesh

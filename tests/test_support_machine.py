@@ -126,6 +126,15 @@ def test_processes_that_wait_for_others_say_so_and_what_to_type_for_one_alone(tm
         process.communicate()
 
 
+def test_a_torch_that_cannot_shard_on_this_device_is_one_line_that_says_so(monkeypatch):
+    def fully_shard(module, mesh):
+        raise AttributeError("module 'torch.cpu' has no attribute 'Event'")
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", fully_shard)
+    monkeypatch.setattr(machine.dist, "init_device_mesh", lambda *args: None)
+    with pytest.raises(UserError, match="shard does not work with torch .* on cpu .*no attribute 'Event'.*leave --shard out"):
+        machine.shard(None, torch.device("cpu"))
+
+
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
     machine.say("wrote \x1b[2Jout")
     assert "\x1b" not in capsys.readouterr().err
