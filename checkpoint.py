@@ -4,12 +4,14 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
-import importlib.machinery
 import importlib.util
 import io
 import json
 import logging
+import math
 import os
+import pickle
+import re
 import shutil
 import sys
 import traceback
@@ -20,7 +22,9 @@ from pathlib import Path
 from configurator import Failed, UserError
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import replacing
-from support.machine import autocast, pick_device, pick_precision
+from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
+from support.optim import load_named_state, named_state, parameter_groups
+from support.report import Log
 
 import torch
 
@@ -30,6 +34,36 @@ CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "da
               "recent_losses", "skips"}
 KEPT = "ckpt-" + 8 * "[0-9]" + ".pt"                                              # the glob of what keep() keeps
 SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
+# Settings of a model that another value leaves its weights their meaning.
+CHANGED = ("changed", "changed_model")                                             # values of --resume
+SAME_MEANING = {"seq_len", "dropout", "chunk_size", "tied", "vocab_size", "tokenizer"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_run(run, path):
+    """All that a run needs to resume, to a file that is whole or not there; by the first process, of the shards of all."""
+    model = whole(run.model.state_dict())
+    optimizer = whole(named_state(run.optimizer, run.model))
+    if RANK:
+        return
+    with replacing(path) as temporary:
+        torch.save(plain({
+            "model": model,
+            "model_config": dataclasses.asdict(run.model_config),
+            "optimizer": optimizer,
+            "step": run.step,
+            "sequences": run.sequences,
+            "tokens": run.tokens,
+            "best_loss": run.best_loss,
+            "recent_losses": list(run.spikes.recent),
+            "skips": [run.skips, run.skips_in_a_row],
+            "config": dataclasses.asdict(run.config),
+            "rng": {"cpu": torch.get_rng_state()},
+            "data": run.data.fingerprint,
+        }), temporary)
 
 
 def keep(latest, step, count):
@@ -48,6 +82,19 @@ def keep(latest, step, count):
         old.unlink()
 
 
+def clear(out_dir, fresh):
+    """Removes from out_dir what a killed run left half-written, and where fresh the run itself."""
+    ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
+    stale = [path for name in ours for path in out_dir.glob(name + ".tmp")]
+    if fresh:
+        stale += [out_dir / "ckpt.pt", out_dir / "best.pt", out_dir / "loss.png", *out_dir.glob(KEPT)]
+    try:
+        for path in stale:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir={out_dir}: {error.strerror}") from None
+
+
 def plain(value):
     """value in dicts, lists and strings made alike: pickle also writes which objects are one, so that without this the
     checkpoints of a resumed and of an undisturbed run would hold the same in different bytes."""
@@ -60,10 +107,16 @@ def plain(value):
 
 def load_file(path, device="cpu"):
     """What torch.save wrote. Loads tensors and plain values only: a pickle that would run code is refused."""
+    if not Path(path).is_file():                                                  # a pipe would never end
+        Path(path).stat()
+        raise OSError(0, "it is not a file")
     with zipfile.ZipFile(path) as archive:                                        # torch.load looks at no checksums
         if bad := archive.testzip():
             raise UserError(f"checksum of {bad} does not match")
-    return torch.load(path, map_location=device, weights_only=True)
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:                                                # torch's words say how to run it
+        raise UserError("it holds more than tensors and plain values, which is never run") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -74,6 +127,8 @@ def load_checkpoint(path, device="cpu"):
         unknown = set() if missing else set(checkpoint["model_config"]) - SETTINGS
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
+    except OSError as error:                                                      # no permission, a folder, a bad disk
+        raise UserError(f"cannot read {path} ({error.strerror or error}): fix that, or name another --out_dir") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
@@ -82,6 +137,47 @@ def load_checkpoint(path, device="cpu"):
     if unknown:
         raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_plugin(path):
+    """Runs a Python file of the user's own, which may add to model.MIXERS and model.FEATURE_MAPS; "" is none.
+
+    Only a path that the user gave on the command line or in a config file ever comes here, none from a checkpoint.
+    """
+    if not path:
+        return
+    file = Path(path).resolve()
+    name = f"plugin_{file.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(file):
+        return
+    if not file.is_file():
+        raise UserError(f"there is no plugin {path}: name a Python file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
+        raise UserError(f"the plugin {path} must be a Python file, ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong in it
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"the plugin {path} fails{where}: {type(error).__name__}: {error}") from None
+
+
+def make_model(settings):
+    """A new model of the settings in a checkpoint."""
+    try:
+        return LM(ModelConfig(**settings))
+    except ValueError as error:                                                   # a mixer that is not here
+        raise UserError(f"the model of this checkpoint cannot be made: {error}; if that is in a file of your own, name "
+                        "it with --plugin=FILE") from None
 
 
 def load_weights(model, checkpoint):
@@ -94,6 +190,7 @@ def load_weights(model, checkpoint):
             # Softmax and window layers had no convolution whatever short_conv said: this one changes nothing.
             weights[name] = torch.zeros_like(weight)
             weights[name][0] = 1
+    check_shared(model, weights, "the checkpoint")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -101,9 +198,21 @@ def load_weights(model, checkpoint):
                         f"{' '.join(str(error).split())[:200]}") from None
 
 
+def check_shared(model, weights, source):
+    """UserError where one tensor of the model, under two names, would be two different ones of the source."""
+    names = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(p, name)
+        if not {first, name} <= weights.keys() or weights[first].data_ptr() == weights[name].data_ptr():
+            continue
+        if not torch.equal(weights[first], weights[name]):
+            raise UserError(f"{source} is untied: its {first} and {name} differ, and tied=True would keep one of the "
+                            "two: take --tied=False")
+
+
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
-    model = LM(ModelConfig(**checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])})).to(device)
+    model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
     load_weights(model, checkpoint)
     return model
 
@@ -111,7 +220,9 @@ def load_model(checkpoint, device):
 def load_pretrained(source, device="cpu"):
     """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or one of the Hugging Face hub."""
     path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
+    files = [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
+    if path.exists() and not path.is_dir():
+        files = [path]
     if files:
         return load_model(load_checkpoint(files[0]), device)
     hub_id = source.count("/") == 1 and not path.parent.is_dir() and path.parts[0] != "out"
@@ -170,19 +281,181 @@ def inference(model):
     return autocast(weight.device, "bf16" if weight.dtype == torch.bfloat16 else "fp32")
 
 
-def import_plugin(path):
-    """Runs a Python file of the user's own, if any: it may add mixers and feature maps to those of model.py."""
-    if not path:
-        return
-    name = f"plugin_{Path(path).stem}"
-    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or lines[-1]
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a run begins: anew, from another model, or where it stopped
+
+
+def settings_to_start_from(config):
+    """Defaults for the model's settings: those of the model that this run starts from or evaluates."""
+    load_plugin(config.plugin)                                                    # before the mixers' names are checked
+    latest = Path(config.out_dir) / "ckpt.pt"
+    if config.eval_only and not config.init_from:
+        return load_checkpoint(latest)["model_config"]
+    if not config.init_from:
+        return {}
+    if not config.eval_only:
+        if latest.parent.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
+            raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
+                            "take another --out_dir")
+        if config.resume is not False and latest.exists():                        # started: its source may be gone
+            return load_checkpoint(latest)["model_config"]
+    return dataclasses.asdict(load_pretrained(config.init_from).config)
+
+
+def find_checkpoint(config, data):
+    """The checkpoint of out_dir that this command continues (or evaluates), or None. UserError if it should not."""
+    latest = Path(config.out_dir) / "ckpt.pt"
+    if config.eval_only and config.init_from:
+        return None
+    if config.resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        config.resume = "auto"                                                    # torchrun's restart of our own run
+    if config.eval_only or config.resume is True or config.resume in CHANGED or config.resume == "auto" and latest.exists():
+        checkpoint = load_checkpoint(latest)
+        if config.precision == "auto":                                            # a probe may answer differently today
+            config.precision = checkpoint["config"]["precision"]
+        if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
+            raise UserError(f"{latest} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
+                            f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
+        return checkpoint
+    others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob(KEPT))]
+    log = Log.read(latest.with_name("metrics.jsonl")) if config.resume == "auto" else []
+    if not others and any("val_loss" in record for record in log):                # evaluated is only what was saved
+        raise UserError(f"{latest.parent} has no checkpoint, but the log of a run that had one: move metrics.jsonl "
+                        "away, take another --out_dir, or --resume=false to start over")
+    if config.resume == "auto" and others:
+        raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to resume from "
+                        "there, or take --resume=false to start over")
+    return None
+
+
+def changes(checkpoint, config, model_config, data):
+    """{setting: "setting was this, now that"} between a checkpoint and the run that wants to continue it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    before = defaults | checkpoint["config"] | settings_of(checkpoint) | checkpoint["data"]
+    now = dataclasses.asdict(config) | dataclasses.asdict(model_config) | data
+    changed = {}
+    for key, value in now.items():
+        if key not in config.FREE and before.get(key) != value:
+            changed[key] = f"{key} was {before.get(key)}, now {value}"
+    if "sha256" in changed:
+        changed["sha256"] = "the files of the dataset are others"
+    return changed
+
+
+def refuse_changes(path, checkpoint, config, model_config, data):
+    """UserError that names what differs between a checkpoint and the run that wants to continue it."""
+    if changed := changes(checkpoint, config, model_config, data):
+        raise UserError(f"{path} is of another run: {'; '.join(changed.values())}. Take another --out_dir, the earlier "
+                        "settings, --resume=changed to resume with the new ones, or --resume=false to start over")
+
+
+def is_finished(config, step):
+    """Is the last step made, and its evaluation, which comes after the save, in the log?"""
+    records = Log.read(Path(config.out_dir, "metrics.jsonl"))
+    return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
+
+
+def check_meaning(path, checkpoint, model_config):
+    """UserError where settings changed that leave the weights their shapes and not their meaning."""
+    before = settings_of(checkpoint)
+    changed = [f"{key} was {before[key]}, now {value}" for key, value in dataclasses.asdict(model_config).items()
+               if value != before[key] and key not in SAME_MEANING]
+    if changed:
+        raise UserError(f"the weights in {path} would mean something else: {'; '.join(changed)}. Leave that out, or "
+                        "take --resume=changed_model to do so on purpose")
+
+
+def loss_of_best(path, config, model_config, data):
+    """That of best.pt, which may be of an evaluation after ckpt.pt was saved; infinity where ours are of others."""
+    if not path.exists():
+        return math.inf
+    best = load_checkpoint(path)
+    same = (best["data"] == data and best["config"].get("eval_tokens") == config.eval_tokens
+            and best["model_config"]["seq_len"] == model_config.seq_len)
+    return best["best_loss"] if same else math.inf
+
+
+def settings_of(checkpoint):
+    """The settings of its model; those that are newer than it have their defaults."""
+    return dataclasses.asdict(ModelConfig(**checkpoint["model_config"]))
+
+
+def position_names(checkpoint):
+    """The names of the parameters in the order in which its optimiser counted them."""
+    with torch.device("meta"):                                                    # the model as it was, without numbers
+        model = LM(ModelConfig(**checkpoint["model_config"]))
+    groups = parameter_groups(model, checkpoint["config"].get("optimizer", "adamw"))
+    return [name for group in groups.values() for name in group if name in checkpoint["model"]]
+
+
+def check_evaluation(source, model, wanted):
+    """UserError where a model is to be evaluated with settings that are not its own; its length may be another."""
+    theirs = dataclasses.asdict(model.config)
+    changed = [f"{key} is {theirs[key]}, not {value}" for key, value in dataclasses.asdict(wanted).items()
+               if value != theirs[key] and key not in SAME_MEANING]
+    if changed:
+        raise UserError(f"eval_only evaluates {source} as it is, and its {', its '.join(changed)}: leave that out")
+    if theirs["pos"] == "learned" and wanted.seq_len > theirs["seq_len"]:
+        raise UserError(f"the learned positions of {source} end at {theirs['seq_len']} tokens: take --seq_len up to that")
+
+
+def start_from(model, source, name):
+    """Copies the weights of source into model, and says what changed.
+
+    Outside the mixers everything must fit. In a mixer what has the same name and shape is kept and the rest stays new,
+    so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
+    """
+    mine, theirs = model.state_dict(), source.state_dict()
+    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    here, there = (dataclasses.asdict(m.config) for m in (model, source))
+    changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
+    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
+                        "not fit; leave out what is set differently here")
+    check_shared(model, theirs, name)
+    model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
+
+    def names(keys):
+        return ", ".join(sorted({re.sub(r"blocks\.\d+\.", "", key) for key in keys})) or "nothing"
+    say(f"{name}: {changed or 'the same settings'}; kept {len(kept)} of {len(theirs)} tensors; new: "
+        f"{names(mine.keys() - kept)}; left out: {names(theirs.keys() - kept)}")
+
+
+def restore_run(run, checkpoint):
+    """Sets a run to where it was when save_run saved it. UserError where its settings now do not allow that."""
+    config = checkpoint["config"]
+    names = position_names(checkpoint)
+    load_weights(run.model, checkpoint)
+    if config.get("optimizer", "adamw") != run.config.optimizer:                  # resume=changed
+        raise UserError(f"{run.latest} was trained with another optimizer: take --init_from={run.latest} and another "
+                        "--out_dir to start from its weights")
+    if run.config.resume == "changed":
+        check_meaning(run.latest, checkpoint, run.model_config)
+    new = load_named_state(run.optimizer, run.model, checkpoint["optimizer"], names)
+    if new:
+        say(f"the optimizer starts anew for {', '.join(new)}")
+    run.step = checkpoint["step"]
+    run.saved = checkpoint["step"]
+    run.sequences = checkpoint.get("sequences", run.step * config["batch_size"])
+    run.tokens = checkpoint.get("tokens", run.sequences * checkpoint["model_config"]["seq_len"])
+    run.best_loss = checkpoint["best_loss"]
+    run.spikes.recent.extend(checkpoint["recent_losses"])
+    run.skips, run.skips_in_a_row = checkpoint["skips"]
+    torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())                           # for the bytes: steps seed their own
+    if run.config.resume in CHANGED:
+        adapt(run, checkpoint)
+
+
+def adapt(run, checkpoint):
+    """Says which settings changed, and what that does to the place in the data."""
+    changed = changes(checkpoint, run.config, run.model_config, run.data.fingerprint)
+    say(f"resuming with changed settings: {'; '.join(changed.values()) or 'none'}")
+    run.skips_in_a_row = 0
+    run.best_loss = loss_of_best(run.best, run.config, run.model_config, run.data.fingerprint)
+    if changed.keys() & {"seq_len", "seed", "sha256"}:
+        run.sequences = -(-run.tokens // run.model_config.seq_len)
+        done = run.sequences % run.windows.total / run.windows.total
+        say(f"the text is cut and ordered anew, and the run continues at sequence {run.sequences:,}: {done:.0%} of the "
+            "epoch is done, of which some will be read again, and some of the rest left out")
+    elif "batch_size" in changed:
+        say(f"the run continues at sequence {run.sequences:,}: no text is repeated or skipped")

@@ -24,7 +24,7 @@ from support.machine import out_of_memory
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoint_in, import_plugin, inference, open_model
+from checkpoint import checkpoint_in, inference, load_plugin, open_model
 
 
 @dataclass
@@ -211,7 +211,7 @@ def run_tasks(config, harness):
 @out_of_memory("take a smaller --batch_size, or --context=1024")
 def main():
     config, = configure(sys.argv[1:], EvalConfig)
-    import_plugin(config.plugin)
+    load_plugin(config.plugin)
     model, tokenizer = open_model(config.init_from or checkpoint_in(config.out_dir), config.device, config.precision)
     context = config.context or default_context(model)
     if model.config.pos == "learned" and context > model.config.seq_len:

@@ -485,10 +485,11 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """x W^T, without a bias."""
+    """x W^T, without a bias. With several widths, W is as many matrices one below the other; Muon steps each by itself."""
 
-    def __init__(self, width_in, width_out):
-        super().__init__(width_in, width_out, bias=False)
+    def __init__(self, width_in, *parts):
+        super().__init__(width_in, sum(parts), bias=False)
+        self.parts = parts
 
     def forward(self, x):
         return speedups.project(x, self.weight)                       # F.linear(x, W), faster for few rows on a CPU
@@ -534,7 +535,7 @@ class LinearAttention(nn.Module):
         self.map = FEATURE_MAPS[config.feature_map]
         self.options = {"chunk_size": config.chunk_size, "scores": self.map.scores}
         self.widths = [config.n_heads * width for width in (config.key_dim, config.key_dim, config.value_dim)]
-        self.qkv = Projection(config.dim, sum(self.widths))
+        self.qkv = Projection(config.dim, *self.widths)
         self.out = Projection(self.widths[2], config.dim)
 
     def forward(self, x, state, ropes):                               # x (B,T,D)
@@ -661,7 +662,7 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.config = config
         self.window = window
-        self.qkv = Projection(config.dim, 3 * config.dim)
+        self.qkv = Projection(config.dim, config.dim, config.dim, config.dim)
         self.out = Projection(config.dim, config.dim)
         if config.short_conv:
             self.conv = CausalConv(3 * config.dim, 4)

@@ -4,7 +4,10 @@ Nothing here needs to be known to follow training: the programs ask for a device
 is, or one line that says what is missing.
 """
 import atexit
+import contextlib
 import ctypes
+import dataclasses
+import datetime
 import os
 import re
 import signal
@@ -17,10 +20,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, command
+from configurator import UserError, command, printable
 
-WORLD = int(os.environ.get("WORLD_SIZE", 1))                                      # set by torchrun, like RANK
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+
+def from_torchrun(key, default):
+    """A number that torchrun sets, like WORLD_SIZE; the default where not all that it sets is there, as when one is left
+    over in a shell."""
+    keys = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(each) for each in keys) or not os.environ["WORLD_SIZE"].isdecimal():
+        return default
+    return int(os.environ[key])
+
+
+WORLD = from_torchrun("WORLD_SIZE", 1)
+RANK = from_torchrun("RANK", 0) if WORLD > 1 else 0
 
 
 def pick_device(name):
@@ -44,7 +57,7 @@ def pick_device(name):
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]}): "
+        raise UserError(f"device={name} is not available here ({str(error).splitlines()[0]}): "
                         "try --device=cpu") from None
 
 
@@ -115,8 +128,39 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_of(device):
+    """Bytes that the device has; infinity where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):                                 # Windows
+        return float("inf")
+
+
+def check_memory(make, model_config, config, device):
+    """MemoryError, at once, for a model or a batch that cannot fit: what is asked for here is the least they take.
+
+    Args: make, a function from a model_config to a model; config, that of train.py.
+    """
+    pattern = min(model_config.depth, len(model_config.mixers))
+    with torch.device("meta"):                                                    # no memory is taken
+        model = make(dataclasses.replace(model_config, depth=pattern))
+    in_blocks = sum(p.numel() for p in model.blocks.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - in_blocks
+    parameters = outside + in_blocks * model_config.depth // pattern
+    numbers_each = 3                                                              # the weight, its gradient, a moment
+    if config.shard:
+        parameters //= WORLD
+    least = {"the model": 4 * numbers_each * parameters,
+             "a piece of a batch": 4 * config.piece * model_config.seq_len * model_config.dim}
+    for what, size in least.items():
+        if size > memory_of(device):
+            raise MemoryError(f"{what} takes {size / 1e9:,.0f} GB or more")
+
+
 @contextmanager
-def out_of_memory(mend):
+def out_of_memory(fix):
     """Turns any of the errors for want of memory into one line that says what helps."""
     try:
         yield
@@ -125,12 +169,13 @@ def out_of_memory(mend):
                  "argument 'size' failed to unpack", "Overflow when unpacking long", "too large to convert to C")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
-        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {mend}") from None
+        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {fix}") from None
 
 
 def say(line):
+    """A line on stderr, of the first process."""
     if RANK == 0:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def progress(*args, **options):
@@ -174,7 +219,8 @@ def stop_at_signals():
         if WORLD == 1:                                                            # torchrun may pass one on twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
-            os.write(2, b"\nstopping at the end of this step\n")                  # print is not safe inside a handler
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping at the end of this step\n")              # print is not safe inside a handler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return received
@@ -190,7 +236,15 @@ def processes():
     if WORLD == 1:
         yield
         return
-    store, _, _ = next(dist.rendezvous("env://"))
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    by_hand = "TORCHELASTIC_RUN_ID" not in os.environ
+    if by_hand:
+        say(f"waiting for {WORLD} processes at {where}, as WORLD_SIZE says; for one process alone: unset WORLD_SIZE")
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2 if by_hand else 30)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the {WORLD} processes do not meet at {where} ({str(error).splitlines()[0][:100]}): start them "
+                        "with torchrun, or unset WORLD_SIZE for one process alone") from None
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
@@ -201,7 +255,7 @@ def processes():
             os._exit(1)
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(f"another process of this run has died ({str(error).splitlines()[0][:100]}): "
-                            "the same command goes on from the last checkpoint") from None
+                            "the same command resumes from the last checkpoint") from None
         raise
     dist.destroy_process_group()
 
@@ -227,13 +281,37 @@ def run_and_leave(main):
     os._exit(code)
 
 
-def reduce(value, op=dist.ReduceOp.SUM, device="cpu"):
+def reduce(value, op=dist.ReduceOp.SUM):
     """The sum (or other op) of a number over all processes."""
     if WORLD == 1:
         return value
-    value = torch.as_tensor(value, device=device)
+    value = torch.as_tensor(value)
     dist.all_reduce(value, op)
     return value.item()
+
+
+def mean(value):
+    """The mean of a tensor over all processes, on its device: nothing waits for it here."""
+    if WORLD > 1:
+        dist.all_reduce(value)
+    return value / WORLD
+
+
+def shard(model, device):
+    """Splits weights and gradients of the model over the processes (FSDP2). Returns their mesh."""
+    from torch.distributed.fsdp import fully_shard                                # here: it takes 0.8 s to import
+    mesh = dist.init_device_mesh(device.type, (WORLD,))
+    try:
+        probe = torch.nn.Linear(WORLD, WORLD, device=device)
+        fully_shard(probe, mesh=mesh)
+        probe(torch.ones(1, WORLD, device=device)).sum().backward()
+    except Exception as error:  # of torch 2.6 on a CPU: FSDP2 is young
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"shard does not work with torch {torch.__version__} on {device.type} ({reason}): install a newer "
+                        "torch, or leave --shard out") from None
+    for module in (*model.blocks, model):                                         # a block is whole only while in use
+        fully_shard(module, mesh=mesh)
+    return mesh
 
 
 def gather(value):

@@ -1,4 +1,5 @@
 """What a run tells: the log, who else watches it, tables and pictures."""
+import contextlib
 import dataclasses
 import html
 import importlib
@@ -8,10 +9,11 @@ import os
 import shutil
 import statistics
 import sys
+import time
 
 from configurator import UserError
 from support.files import replacing
-from support.machine import say
+from support.machine import RANK, progress, say
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,8 +33,14 @@ class Log:
     @staticmethod
     def read(path):
         """The records of a metrics.jsonl, without the line in whose middle a kill came; other bad lines are named."""
-        records, bad = [], []
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        records, bad, lines = [], [], []
+        try:
+            if path.exists():
+                if not path.is_file():
+                    raise OSError(0, "it is not a file")                          # a pipe would never end
+                lines = path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): fix that, or take another --out_dir") from None
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
@@ -57,7 +65,7 @@ class Log:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoint of before is intact") from None
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from None
         for tracker in self.trackers:
             tracker.numbers(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
 
@@ -91,17 +99,25 @@ class TensorBoard:
 
 
 class WandB:
-    """The same for Weights & Biases. The id in out_dir/wandb_id lets a resumed run go on as the same one there."""
+    """The same for Weights & Biases, over a step of our own: theirs only grows, and drops what comes at or below it.
+
+    The id in out_dir/wandb_id lets a resumed run continue as the same one there. After going back to an earlier
+    checkpoint with changed settings it is a new one: there the steps in between are of a run that is no more.
+    """
 
     package = "wandb"
 
     def __init__(self, run, fresh):
         import wandb
-        self.wandb, path = wandb, run.out_dir / "wandb_id"
+        self.wandb = wandb
+        path = run.out_dir / "wandb_id"
+        went_back = run.config.resume not in (True, False, "auto") and last_step(run.out_dir) > run.step
+        again = not fresh and not went_back and path.is_file()
         try:
             self.run = wandb.init(project=run.config.wandb_project, name=run.out_dir.name, dir=str(run.out_dir),
-                                  resume="allow", id=path.read_text() if path.exists() and not fresh else None,
+                                  resume="allow", id=path.read_text() if again else None,
                                   config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
+            self.run.define_metric("*", step_metric="step")
         except Exception as error:  # no account, no network, a project that is not theirs: each its own type
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
@@ -109,15 +125,20 @@ class WandB:
             temporary.write_text(self.run.id)
 
     def numbers(self, step, values):
-        self.run.log(values, step=step)
+        self.run.log(values | {"step": step})
 
     def text(self, step, text):
-        self.run.log({"sample": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        self.numbers(step, {"sample": self.wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self, step, curve):
         if curve.exists():
-            self.run.log({"loss_curve": self.wandb.Image(str(curve))}, step=step)
+            self.numbers(step, {"loss_curve": self.wandb.Image(str(curve))})
         self.run.finish()
+
+
+def last_step(out_dir):
+    """The last step that the log of a run knows."""
+    return max((record["step"] for record in Log.read(out_dir / "metrics.jsonl")), default=0)
 
 
 def wanted_trackers(config):
@@ -131,8 +152,111 @@ def wanted_trackers(config):
             if isinstance(error, ModuleNotFoundError) and error.name == tracker.package:
                 raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
             raise UserError(f"--{key} needs {tracker.package}, which does not import "
-                            f"({type(error).__name__}: {error}): mend that, or leave it out") from None
+                            f"({type(error).__name__}: {error}): fix that, or leave it out") from None
     return wanted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run while it goes
+
+
+class Journal:
+    """What a run tells while it goes, by its first process: to the log, to who else watches it, to the terminal."""
+
+    def __init__(self, run, fresh):
+        self.steps = run.config.max_steps
+        self.log = None
+        if RANK == 0:
+            trackers = [tracker(run, fresh) for tracker in wanted_trackers(run.config)]
+            again = run.step == 0 or run.is_due(run.config.eval_interval)
+            self.log = Log(run.out_dir / "metrics.jsonl", run.step, trackers, again)
+
+    @property
+    def trackers(self):
+        return self.log.trackers if self.log else []
+
+    @contextlib.contextmanager
+    def progress(self, step, tokens):
+        """A bar on a terminal; it counts steps, as all settings do."""
+        size = shutil.get_terminal_size()                                         # tqdm would hide itself at 0 x 0
+        self.pace = Pace(step, tokens, self.steps)
+        with progress(total=self.steps, initial=step, unit="step", ncols=size.columns, nrows=size.lines) as self.bar:
+            yield
+
+    def write(self, step, tokens, **record):
+        """One record of a step."""
+        if self.log:
+            self.log.write(step=step, tokens=tokens, **record)
+
+    def report(self, step, tokens, loss, lr, grad_norm, memory):
+        """To the log; to the bar on a terminal, and as a line where the output goes to a file."""
+        speed = self.pace.tokens_per_s(step, tokens)
+        self.write(step, tokens, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed),
+                   time=round(time.time(), 3))
+        self.bar.set_postfix_str(f"loss={loss:.3f}, {speed:,.0f} tok/s, mem={memory / 1e9:.2f} GB")
+        if self.bar.disable:
+            say(f"step {step}/{self.steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
+                f"{memory / 1e9:.2f} GB, {self.pace.seconds_left(step) / 60:.1f} min left")
+
+    def text(self, step, text):
+        for tracker in self.trackers:
+            tracker.text(step, text)
+
+    def close(self, step, out_dir):
+        for tracker in self.trackers:
+            tracker.close(step, out_dir / "loss.png")
+
+
+class Pace:
+    """How fast a run is, and early in it how long it will take."""
+
+    def __init__(self, step, tokens, steps):
+        self.first = step
+        self.steps = steps
+        self.told = False
+        self.seconds_each = math.nan
+        self.restart(step, tokens)
+
+    def restart(self, step, tokens):
+        """From here on: not to count an evaluation."""
+        self.before = (step, tokens, time.perf_counter())
+
+    def tokens_per_s(self, step, tokens):
+        """Since the last call."""
+        before, tokens_before, start = self.before
+        self.restart(step, tokens)
+        seconds = max(self.before[2] - start, 1e-9)
+        self.seconds_each = seconds / max(1, step - before)
+        return (tokens - tokens_before) / seconds
+
+    def seconds_left(self, step):
+        return (self.steps - step) * self.seconds_each
+
+    def is_due(self, step):
+        """Is this one of the steps that the forecast is made from?"""
+        return not self.told and step - self.first in (1, 3)
+
+    def forecast(self, step, tokens):
+        """Says once how long the run will take: by its second and third step, or the first if that took long."""
+        if not self.is_due(step):
+            return
+        first = step == self.first + 1                                            # with what is done once, as compiling
+        before = self.before
+        speed = self.tokens_per_s(step, tokens)
+        self.before = before if not first else self.before
+        if first and self.seconds_each < 20:
+            return
+        self.told = True
+        if step < self.steps:
+            say(f"about {duration(self.seconds_left(step))} for the {self.steps - step:,} steps left, at {speed:,.0f} "
+                f"tokens/s{', if later steps take as long as the first' * first}")
+
+
+def duration(seconds):
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {name}"
+    return f"{math.ceil(seconds)} seconds"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,6 +289,7 @@ def spread(*columns):
 def picture(path, draw, told="wrote", **panels):
     """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so: no run fails."""
     try:
+        os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
         import matplotlib
         matplotlib.use("agg")
         from matplotlib import pyplot
@@ -186,7 +311,7 @@ def picture(path, draw, told="wrote", **panels):
 
 
 def plot_losses(out_dir):
-    """loss.png from metrics.jsonl."""
+    """loss.png from metrics.jsonl. The run is done: whatever fails here is a line."""
     def draw(axes):
         records = Log.read(out_dir / "metrics.jsonl")
         for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):
@@ -197,4 +322,7 @@ def plot_losses(out_dir):
         axes.set_title(title, parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
-    picture(out_dir / "loss.png", draw, told="loss curve:", figsize=(7, 4))
+    try:
+        picture(out_dir / "loss.png", draw, told="loss curve:", figsize=(7, 4))
+    except UserError as error:                                                    # the disk is full
+        say(f"no loss.png: {error}")

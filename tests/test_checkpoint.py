@@ -69,6 +69,33 @@ def test_weights_of_the_gated_convolution_of_before_are_refused_by_name():
         checkpoint.load_weights(lm, {"model": old})
 
 
+def test_a_forbidden_pickle_is_refused_in_our_words(refusal, tmp_path):
+    (tmp_path / "run/out").mkdir(parents=True)
+    torch.save({"model": Trap()}, tmp_path / "run/out/ckpt.pt")
+    line = refusal()
+    assert "more than tensors and plain values, which is never run" in line and "weights_only" not in line
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "metrics.jsonl"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named_and_neither_waited_for_nor_advised_to_be_deleted(run, refusal, name, make):
+    run("--max_steps=3")
+    os.replace(Path("out", name), "elsewhere")
+    make(Path("out", name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_train.contents", lambda folder: None)
+        line = refusal("--max_steps=3")
+    assert f"cannot read out/{name} (it is not a file)" in line and "delete" not in line
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, refusal, monkeypatch):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+    run("--max_steps=3")
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", denied)
+    assert "cannot read out/ckpt.pt (Permission denied): fix that" in refusal()
+
+
 def test_a_shared_model_with_settings_that_we_do_not_know_is_refused(run, refusal):
     pytest.importorskip("safetensors")
     run("--max_steps=1")

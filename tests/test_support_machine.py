@@ -107,3 +107,34 @@ def test_a_large_tensor_takes_memory_that_was_freed_before():
 def test_a_rank_in_the_environment_without_torchrun_does_not_silence_the_run():
     subprocess.run([sys.executable, "-c", "import train; assert train.RANK == 0"], check=True,
                    cwd=Path(train.__file__).parent, env=os.environ | {"RANK": "1"})
+
+
+@pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "two"}])
+def test_what_another_program_left_in_the_environment_makes_no_processes_of_torchrun(left_over):
+    subprocess.run([sys.executable, "-c", "import train; assert (train.RANK, train.WORLD) == (0, 1)"], check=True,
+                   cwd=Path(train.__file__).parent, env=os.environ | left_over)
+
+
+def test_processes_that_wait_for_others_say_so_and_what_to_type_for_one_alone(tmp_path):
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    process = subprocess.Popen([sys.executable, train.__file__, "--batch_size=4", "--grad_accum=2"], cwd=tmp_path, env=environment,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        assert "waiting for 2 processes at localhost:0" in (line := process.stderr.readline()) and "unset WORLD_SIZE" in line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_torch_that_cannot_shard_on_this_device_is_one_line_that_says_so(monkeypatch):
+    def fully_shard(module, mesh):
+        raise AttributeError("module 'torch.cpu' has no attribute 'Event'")
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", fully_shard)
+    monkeypatch.setattr(machine.dist, "init_device_mesh", lambda *args: None)
+    with pytest.raises(UserError, match="shard does not work with torch .* on cpu .*no attribute 'Event'.*leave --shard out"):
+        machine.shard(None, torch.device("cpu"))
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
+    machine.say("wrote \x1b[2Jout")
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """support/optim.py: the schedule, what decays, and that Muon's step is what it says."""
+import math
+
 import pytest
 import torch
 
 from model import LM, ModelConfig
-from support.optim import Muon, lr_at, make_optimizer, orthogonal
+from support.optim import (Muon, load_named_state, lr_at, make_optimizer, named_state, orthogonal, position_names)
 from train import TrainConfig
 
 
@@ -52,6 +54,80 @@ def test_a_step_of_muon_is_along_the_orthogonal_matrix_nearest_to_the_momentum(s
         optimizer.step()
         expected = expected - 0.1 * (0.2 * max(shape) ** 0.5 * orthogonal(G + 0.9 * M) + 0.5 * expected)
     assert torch.allclose(W, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixers, parts", [("linear", (16, 16, 32)), ("softmax", (16, 16, 16)), ("window", (16, 16, 16))])
+def test_muon_orthogonalises_q_k_and_v_each_by_itself_with_a_step_of_the_same_size(mixers, parts):
+    """Each part of qkv moves along U V^T of its own gradient: singular values 0.7..1.2 times 0.2 sqrt(max(rows, columns))."""
+    torch.manual_seed(0)
+    model = LM(ModelConfig(257, 16, 1, 2, mixers=mixers, expand_v=2.0 if mixers == "linear" else 1.0))
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon", lr=0.1, weight_decay=0))
+    W = model.blocks[0].mixer.qkv.weight
+    before = W.detach().clone()
+    W.grad = torch.randn_like(W) * torch.tensor([1.0, 100.0, 0.01]).repeat_interleave(torch.tensor(parts))[:, None]
+    optimizer.step()
+    for move, G in zip((before - W.detach()).split(parts), W.grad.split(parts)):
+        U, S, V = torch.linalg.svd(G, full_matrices=False)
+        along = U.mT @ move @ V.mT / (0.1 * 0.2 * max(G.shape) ** 0.5)
+        assert (along - along.diag().diag()).abs().max() < 1e-3
+        assert along.diag()[S > 0.1 * S[0]].sub(0.95).abs().max() < 0.3
+        assert move.square().mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_to_be_skipped_changes_neither_weights_nor_moments_and_the_next_is_as_without_it(optimizer):
+    def trained(skips):
+        torch.manual_seed(0)
+        model = LM(ModelConfig(257, 16, 2, 2, decay="gated", normaliser="rms"))
+        ours = make_optimizer(model, TrainConfig(optimizer=optimizer, lr=0.1))
+        for step, skip in enumerate(skips):
+            generator = torch.Generator().manual_seed(step - sum(skips[:step]))
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan) if skip else torch.randn(p.shape, generator=generator)
+            ours.step(torch.tensor(skip))
+        return [*model.state_dict().values()], [[*map(torch.as_tensor, s.values())] for s in ours.state.values()]
+    for skips in ([True, False, False], [False, True, False], [False, False, True]):
+        (weights, moments), (theirs, their_moments) = trained(skips), trained([False, False])
+        assert all(torch.equal(a, b) for a, b in zip(weights, theirs))
+        assert all(torch.equal(x, y) for a, b in zip(moments, their_moments) for x, y in zip(a, b))
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return LM(ModelConfig(257, 16, 1, 2, **options))
+
+
+def trained(model, **options):
+    optimizer = make_optimizer(model, TrainConfig(**options))
+    model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[0].backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_by_name_and_by_position_go_to_the_same_parameters(kind):
+    model = small(decay="gated", normaliser="rms")
+    ours = trained(model, optimizer=kind)
+    named, positions = named_state(ours, model), ours.state_dict()
+    assert named["state"].keys() == dict(model.named_parameters()).keys()
+    for saved in (named, positions):
+        other = make_optimizer(model, TrainConfig(optimizer=kind))
+        assert load_named_state(other, model, saved, position_names(ours, model)) == []
+        for p in model.parameters():
+            assert ours.state[p].keys() == other.state[p].keys()
+            assert all(torch.equal(ours.state[p][key], other.state[p][key]) for key in ours.state[p])
+
+
+def test_moments_that_fit_no_parameter_are_left_out_and_those_without_any_are_named():
+    tied, untied = small(), small(tied=False)
+    for source, target, new in ((tied, untied, ["unembed.weight"]), (untied, tied, [])):
+        theirs = trained(source)
+        ours = make_optimizer(target, TrainConfig())
+        assert load_named_state(ours, target, theirs.state_dict(), position_names(theirs, source)) == new
+        assert all(state["exp_avg"].shape == p.shape for p, state in ours.state.items())
+    reshaped = small(mlp_ratio=2.0)
+    assert load_named_state(make_optimizer(reshaped, TrainConfig()), reshaped, named_state(trained(tied), tied), []) == [
+        "blocks.0.mlp.up.weight", "blocks.0.mlp.out.weight"]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")

@@ -1,4 +1,5 @@
 """support/report.py: who watches a run sees all of it and changes nothing; a picture that cannot be drawn fails no run."""
+import itertools
 import json
 import os
 import signal
@@ -32,6 +33,36 @@ def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_p
     assert "no loss.png: pip install matplotlib draws it\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_that_is_not_here_does_not_keep_a_picture_from_being_drawn(tmp_path, backend):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n')
+    script = f"from pathlib import Path; from support.report import plot_losses; plot_losses(Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, env=os.environ | {"MPLBACKEND": backend})
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_fails_no_run(run, monkeypatch):
+    monkeypatch.setattr(train, "plot_losses", plot_losses)
+    run("--max_steps=3")
+    Path("out/loss.png").unlink()
+    Path("out/loss.png").mkdir()
+    result = run("--max_steps=6", "--resume=changed")
+    assert result.code == 0 and "no loss.png: cannot write out/loss.png" in result.err
+
+
+def test_early_in_a_run_it_is_said_how_long_it_will_take(run, monkeypatch):
+    assert run("--max_steps=6").err.count("for the 3 steps left, at ") == 1
+    clock = itertools.count(0, 50)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+    line = next(line for line in run("--max_steps=6", "--resume=false", "--log_interval=9").err.splitlines() if "steps left" in line)
+    assert "for the 5 steps left" in line and line.endswith("if later steps take as long as the first")
+
+
+def test_durations_are_said_in_the_unit_that_suits_them():
+    assert [report.duration(seconds) for seconds in (0.2, 100, 400, 9000, 200000)] == [
+        "1 seconds", "100 seconds", "6.67 minutes", "2.5 hours", "2.31 days"]
+
+
 @pytest.mark.parametrize("package", ["matplotlib/__init__.py", "matplotlib/pyplot.py"])
 def test_a_matplotlib_that_fails_is_one_line_and_fails_no_run(tmp_path, package):
     """Not there, of another numpy, or with a backend that does not start: the run that asked for a picture goes on."""
@@ -57,33 +88,53 @@ def without_wall_clock(values):
     return {key: value for key, value in values.items() if key not in ("tokens_per_s", "time")}
 
 
-def test_wandb_gets_every_record_samples_and_the_curve_and_a_resumed_run_goes_on_as_the_same(run, tmp_path, monkeypatch):
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for W&B, whose runs drop what comes at or below their own last step, as W&B's do."""
     class Run:
         def __init__(self, **options):
-            starts.append(options)
-            self.id, self.finish = options["id"] or f"id{len(starts)}", lambda: finished.append(self.id)
+            world.starts.append(options)
+            self.id, self.finish = options["id"] or f"id{len(world.starts)}", lambda: world.finished.append(self.id)
 
-        def log(self, values, step):
-            logged.append((step, values))
-    starts, logged, finished = [], [], []
+        def define_metric(self, name, step_metric):
+            world.axes.append((name, step_metric))
+
+        def log(self, values):
+            world.logged.append((self.id, values))
+    world = SimpleNamespace(starts=[], finished=[], axes=[], logged=[])
     module = SimpleNamespace(init=lambda **options: Run(**options), Html=lambda text: ("html", text), Image=lambda path: ("image", path))
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr(train, "plot_losses", plot_losses)
+    return world
+
+
+def test_wandb_gets_every_record_samples_and_the_curve_and_a_resumed_run_goes_on_as_the_same(run, tmp_path, monkeypatch, wandb):
+    """Over a step of our own: also the evaluation that was due when the run was stopped."""
     with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run("--wandb_project=mine", "--seed=3").code == 143
     assert run("--wandb_project=mine", "--seed=3").code == 0
+    starts = wandb.starts
     assert [start["id"] for start in starts] == [None, "id1"] and all(start["resume"] == "allow" for start in starts)
     assert starts[0]["project"] == "mine" and starts[0]["config"]["seed"] == 3 and starts[0]["config"]["dim"] == 16
-    assert finished == ["id1", "id1"] and logged.pop() == (12, {"loss_curve": ("image", "out/loss.png")})
-    texts = [(step, values["sample"]) for step, values in logged if "sample" in values]
-    assert [step for step, _ in texts] == [6, 12] and all(kind == "html" and len(text) > 60 for _, (kind, text) in texts)
-    numbers = [{"step": step} | without_wall_clock(values) for step, values in logged if "sample" not in values]
+    logged = [values for _, values in wandb.logged]
+    assert wandb.finished == ["id1", "id1"] and logged.pop() == {"step": 12, "loss_curve": ("image", "out/loss.png")}
+    assert set(wandb.axes) == {("*", "step")}
+    texts = [values for values in logged if "sample" in values]
+    assert [values["step"] for values in texts] == [6, 12]
+    assert all(kind == "html" and len(text) > 60 for kind, text in (values["sample"] for values in texts))
+    numbers = [without_wall_clock(values) for values in logged if "sample" not in values]
     assert numbers == records(tmp_path / "run") and len(numbers) == 14
-    steps = [step for step, _ in logged]
-    assert steps == sorted(steps)                                                  # W&B drops what comes late
     run("--wandb_project=mine", "--seed=3", "--resume=false")
     assert starts[-1]["id"] is None and Path("out/wandb_id").read_text() == "id3"
+
+
+def test_going_back_to_an_earlier_checkpoint_with_other_settings_is_a_new_run_there(run, wandb):
+    run("--wandb_project=mine", "--keep_last=9")
+    Path("out/ckpt-00000006.pt").rename("out/ckpt.pt")
+    assert run("--wandb_project=mine", "--keep_last=9", "--lr=1e-3", "--resume=changed").code == 0
+    assert run("--wandb_project=mine", "--keep_last=9", "--lr=1e-3", "--resume=changed", "--max_steps=15").code == 0
+    assert [start["id"] for start in wandb.starts] == [None, None, "id2"]
 
 
 def test_samples_change_nothing_of_the_run(run, tmp_path, monkeypatch):

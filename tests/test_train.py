@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 import train
 from checkpoint import load_checkpoint
 from configurator import command
@@ -40,6 +41,7 @@ RUN = ["--batch_size=4", "--grad_accum=1", "--max_steps=12", "--warmup_steps=2",
        "--eval_interval=6", "--save_interval=3", "--eval_tokens=256", "--precision=fp32", "--device=cpu",
        "--dataset=text"]
 BYTES = load_tokenizer("bytes")
+DIVERGED = 3
 
 
 @pytest.fixture(autouse=True)
@@ -358,6 +360,12 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
         assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
 
 
+def test_shards_with_muon_say_what_does_not_go_together(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(ValueError, match="shard does not work with optimizer=muon, which needs whole matrices"):
+        train.TrainConfig(shard=True, optimizer="muon")
+
+
 @pytest.mark.parametrize("flags", [["--shard"], ["--shard", "--optimizer=muon"]])
 def test_shards_of_one_process_are_refused(refusal, flags):
     assert "shard splits a model over several processes of torchrun" in refusal(*flags)
@@ -402,8 +410,7 @@ def test_a_thread_of_gloo_that_is_late_does_not_abort_its_process_at_the_end(tor
     (tmp_path / "train.py").write_text(f"""if True:
         import os, runpy, sys, torch, torch.distributed as dist
         sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import configurator
-        def reduce_and_end(*args, **options):                                     # first in main, in its group
+                def reduce_and_end(*args, **options):                                     # first in main, in its group
             os.sched_setaffinity(0, {{int(os.environ["RANK"]) % os.cpu_count()}})
             for i in range(20):
                 dist.all_reduce(torch.ones(1))
@@ -451,7 +458,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
 
 def test_a_run_that_starts_over_says_how_to_go_on_and_torchruns_restart_of_it_goes_on(run, monkeypatch):
     at_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert "stopped at step 5; leave out --resume=false to go on" in run("--resume=false").err
+    assert "stopped at step 5; leave out --resume=false to resume" in run("--resume=false").err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert "continuing at step 5" in run("--resume=false").err
 
@@ -465,6 +472,95 @@ def test_changed_settings_keep_a_better_best_and_the_last_evaluation_but_not_on_
     assert load_checkpoint(Path("out/best.pt"))["step"] == 8 and records(tmp_path / "run")[:len(log)] == log
     run("--max_steps=12", "--resume=changed", *write_dataset(tmp_path / "other/text"))
     assert load_checkpoint(Path("out/best.pt"))["step"] == 12
+
+
+def test_changed_settings_are_each_said_and_a_batch_of_another_size_continues_in_the_text_where_it_was(run, tmp_path):
+    run("--max_steps=6")
+    result = run("--resume=changed", "--batch_size=8", "--lr=5e-3", "--max_steps=8")
+    for words in ("max_steps was 6, now 8", "batch_size was 4, now 8", "lr was 0.01, now 0.005",
+                  "continues at sequence 24: no text is repeated or skipped"):
+        assert words in result.err
+    checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+    assert (checkpoint["sequences"], checkpoint["tokens"]) == (24 + 16, 64 * 6 + 128 * 2)
+    assert [r["tokens"] for r in records(tmp_path / "run") if "lr" in r] == [64, 128, 192, 256, 320, 384, 512, 640]
+
+
+def test_another_length_of_sequences_says_what_of_the_text_comes_again(run, tmp_path):
+    run("--max_steps=6")
+    result = run("--resume=changed", "--seq_len=32", "--max_steps=8")
+    assert "cut and ordered anew, and the run continues at sequence 12" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["tokens"] == 64 * 6 + 128 * 2
+
+
+def test_a_checkpoint_without_a_count_of_sequences_resumes_as_before(run, tmp_path):
+    for at in ("new", "old"):
+        run("--max_steps=6", "--optimizer=muon", "--mixers=linear window", "--depth=2", at=at)
+        if at == "old":
+            checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+            names = [*checkpoint["optimizer"]["state"]]
+            checkpoint["optimizer"]["state"] = dict(enumerate(checkpoint["optimizer"]["state"].values()))
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["params"] = [names.index(name) for name in group["params"]]
+            del checkpoint["sequences"], checkpoint["tokens"]
+            torch.save(checkpoint, "out/ckpt.pt")
+        assert run("--resume=changed", "--max_steps=9", "--optimizer=muon", "--mixers=linear window", "--depth=2", at=at).code == 0
+    assert (tmp_path / "new/out/ckpt.pt").read_bytes() == (tmp_path / "old/out/ckpt.pt").read_bytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_heads=4"], "n_heads was 2, now 4"), (["--feature_map=relu", "--pos=none"], "pos was rope, now none; feature_map was elu, now relu"),
+    (["--mixers=softmax"], "mixers was ['linear'], now ['softmax']"), (["--pos=sinusoidal"], "pos was rope, now sinusoidal")])
+def test_what_gives_the_weights_another_meaning_is_refused_without_the_word_for_it(run, refusal, flags, words):
+    run("--max_steps=3")
+    line = refusal("--resume=changed", "--max_steps=6", *flags)
+    assert words in line and "--resume=changed_model" in line
+    assert run("--resume=changed_model", "--max_steps=6", *flags).code == 0
+
+
+def test_untied_weights_are_not_tied_and_tied_ones_may_be_untied(run, refusal):
+    run("--max_steps=3", "--out_dir=tied")
+    run("--max_steps=3", "--tied=false", "--out_dir=untied")
+    result = run("--tied=false", "--resume=changed", "--max_steps=6", "--out_dir=tied")
+    assert result.code == 0 and "the optimizer starts anew for unembed.weight" in result.err and "tied was True, now False" in result.err
+    for flags in (["--resume=changed", "--max_steps=6", "--out_dir=untied"], ["--init_from=untied", "--tied=true", "--out_dir=new"]):
+        assert "untied: its embed.weight and unembed.weight differ" in refusal(*flags)
+
+
+PLUGIN = """
+import torch, model
+
+class Mean(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.out = torch.nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x, state, ropes):
+        total, count = state or (0, 0)
+        return self.out(total + x.cumsum(1)), None
+
+model.MIXERS["mean"] = Mean
+"""
+
+
+def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_alone(run, refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    assert run("--mixers=mean").code == 2
+    flags = "--mixers=mean linear", "--depth=2", f"--plugin={tmp_path}/mine.py", "--max_steps=3"
+    assert run(*flags).code == 0
+    model.MIXERS.pop("mean")
+    sys.modules.pop("plugin_mine")
+    assert "name it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
+    assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
+
+
+@pytest.mark.parametrize("content, words", [(None, "there is no plugin mine.py"), ("x = = 1", "SyntaxError"),
+                                            ("import model\n1 / 0", "the plugin mine.py fails, line 2: ZeroDivisionError")])
+def test_a_plugin_that_fails_is_one_line(run, refusal, tmp_path, content, words):
+    (tmp_path / "run").mkdir()
+    if content:
+        (tmp_path / "run/mine.py").write_text(content)
+    assert words in refusal("--plugin=mine.py")
 
 
 def test_settings_that_do_not_change_the_result_may_change(run, tmp_path, monkeypatch):
@@ -511,10 +607,12 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
-    (["--dim=10**20"], "out of memory"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
+    (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
+    (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
+    (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
     (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "val-00000.bin, the longest file of its split, has"),
     (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
-    (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name is too long"),
+    (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name too long"),
     (["--out_dir=a\0b"], "embedded null byte"), (["nofile.py"], "no such config file"),
     (["--eval_only"], "no checkpoint"), (["--vocab_size=300"], "vocab_size=300 is not that of the dataset, 257")])
 def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(refusal, flags, message):
@@ -535,7 +633,7 @@ def test_two_runs_in_one_out_dir_are_refused_and_an_evaluation_beside_one_is_not
     run(at="undisturbed")
     for flags in ([], ["--resume=false"], ["--eval_only"]):
         at_step(monkeypatch, 4, lambda flags=flags: beside(*flags))
-    assert run().code == 0 and sorted(code for code, _ in results) == [0, Busy.code, Busy.exit_code]
+    assert run().code == 0 and sorted(code for code, _ in results) == [0, Busy.code, Busy.code]
     assert all("another train.py is at work in out" in text for code, text in results if code)
     assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
@@ -659,7 +757,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     with monkeypatch.context() as patch:
         poison(patch, range(4, 99), "loss")
         result = run("--max_skips=5", "--save_interval=2")
-    assert result.code == train.Diverged.code and "5 steps in a row were skipped" in result.err.splitlines()[-1]
+    assert result.code == DIVERGED and "5 steps in a row were skipped" in result.err.splitlines()[-1]
     checkpoint = load_checkpoint(Path("out/ckpt.pt"))
     assert checkpoint["step"] == 4 and checkpoint["skips"] == [0, 0]
     checkpoint["skips"] = [4, 4]                                                  # as of a Ctrl-C in the row
@@ -668,13 +766,67 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_checkpoint(run, monkeypatch)
     assert load_checkpoint(Path("out/ckpt.pt"))["skips"] == [4, 0]
 
 
-def test_skips_in_a_row_are_counted_across_a_restart(run, monkeypatch):
-    poison(monkeypatch, range(2, 99), "loss")
+def weights_give_a_loss(path="out/ckpt.pt"):
+    checkpoint = load_checkpoint(Path(path))
+    model = LM(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    loss = model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[0]
+    loss.backward()
+    return all(p.grad.isfinite().all() for p in model.parameters()) and loss.item() < 20
+
+
+RUIN = ["--grad_clip=0", "--save_interval=1", "--max_skips=99"]
+
+
+@pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])                      # 1e30 leaves the loss finite, 1e5 huge
+def test_ruined_weights_are_never_saved_and_a_run_that_ends_with_them_fails_and_starts_again(run, lr):
+    result = run(f"--lr={lr}", *RUIN)
+    assert result.code == DIVERGED and "nothing was saved: try a lower --lr" in result.err.splitlines()[-1]
+    assert not list(Path("out").glob("*.pt"))
+    assert run(f"--lr={lr}", *RUIN).code == DIVERGED                                         # the same command starts again
+
+
+@pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])
+@pytest.mark.parametrize("end", ["finish", "SIGTERM", "SIGINT"])
+def test_a_good_checkpoint_outlives_a_run_that_is_ruined_after_it(run, monkeypatch, lr, end):
+    assert run("--max_steps=3").code == 0
+    before = Path("out/ckpt.pt").read_bytes()
+    if end != "finish":
+        at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), getattr(signal, end)))
+    result = run("--resume=changed", f"--lr={lr}", *RUIN)
+    assert "the last good checkpoint is out/ckpt.pt, of step 3" in result.err.splitlines()[-1]
+    assert result.code == {"finish": DIVERGED, "SIGTERM": 143, "SIGINT": 130}[end]
+    assert Path("out/ckpt.pt").read_bytes() == before and weights_give_a_loss()
+    assert weights_give_a_loss("out/best.pt")
+
+
+def test_what_is_saved_is_known_to_give_a_finite_loss_on_text_that_comes_next(run, tmp_path, monkeypatch):
+    """The step itself was good, and its weights are not: saved are those before it."""
+    original = train.train_step
+
+    def ruining(model, optimizer, *args):
+        result = original(model, optimizer, *args)
+        if args[1] == 5:
+            with torch.no_grad():
+                model.embed.weight[0, 0] = math.nan
+        return result
+    monkeypatch.setattr(train, "train_step", ruining)
+    result = run()
+    assert result.code == DIVERGED and "step 6 is not saved: its weights give no good loss" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3 and weights_give_a_loss()
+    assert not [r for r in records(tmp_path / "run") if "val_loss" in r]
+
+
+def test_the_same_command_starts_again_after_a_kill_in_a_run_whose_first_steps_were_skipped(run, monkeypatch):
+    def die(*args):
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run("--max_skips=5").code == 143                                    # after steps 3 and 4
-    assert "5 steps in a row" in run("--max_skips=5").err.splitlines()[-1]
-    assert "step 7: loss nan" in (again := run("--max_skips=5").err) and "step 8:" not in again
+        poison(patch, range(4), "loss")
+        at_step(patch, 8, die)
+        patch.setattr(train.Run, "save_latest", lambda self: None)
+        assert run("--save_interval=1", "--eval_interval=99").code == 130
+    assert max(r["step"] for r in Log.read(Path("out/metrics.jsonl"))) == 8
+    assert run("--save_interval=1", "--eval_interval=99").code == 0
 
 
 def test_a_spike_is_6_sigma_above_the_last_128_losses():
@@ -720,9 +872,23 @@ def test_metrics_have_the_fields_of_the_contract(run):
 def test_eval_only_repeats_the_evaluation_in_the_log(run, tmp_path):
     run()
     before = contents(tmp_path / "run")
-    result = run("--eval_only", "--seq_len=999")                                   # the checkpoint's own shape is used
+    result = run("--eval_only")
     evaluation = {key: value for key, value in records(tmp_path / "run")[-1].items() if key != "tokens"}
     assert json.loads(result.out) == evaluation and contents(tmp_path / "run") == before
+
+
+def test_eval_only_evaluates_what_it_is_told_to_at_the_length_it_is_told_to(run, refusal):
+    run("--max_steps=3")
+    run("--max_steps=6", "--dim=32", "--out_dir=other")
+    theirs = json.loads(Path("other/metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    for flags in (["--init_from=other"], ["--init_from=other/ckpt.pt", "--out_dir=nowhere"], ["--out_dir=other"]):
+        assert json.loads(run("--eval_only", "--dim=32", *flags).out)["val_loss"] == theirs
+    long = json.loads(run("--eval_only", "--seq_len=64").out)["val_loss"]
+    assert long == json.loads(run("--eval_only", "--seq_len=64").out)["val_loss"] != json.loads(run("--eval_only").out)["val_loss"]
+    assert "its dim is 16, not 64" in refusal("--eval_only", "--dim=64")
+    assert "its dim is 32, not 16" in refusal("--eval_only", "--init_from=other")
+    assert "its feature_map is elu, not relu" in refusal("--eval_only", "--feature_map=relu", "--pos=none")
+    assert "there is no none" in refusal("--eval_only", "--init_from=none")
 
 
 def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
@@ -760,7 +926,7 @@ def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, pro
     assert process.wait() == 0 and "step 12: val_loss" in text and "loss curve: out/loss.png" in text
     assert Path(tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     if program != "pipe":
-        assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text
+        assert "%|" in text and "loss=" in text and "mem=" in text and "tok/s" in text and "| 12/12 [" in text
         assert re.search(r"\[\d\d:\d\d<\d\d:\d\d,", text)                           # elapsed < left
     else:
         assert "%|" not in text and "\r" not in text
