@@ -4,7 +4,6 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
-import importlib.machinery
 import importlib.util
 import io
 import json
@@ -82,6 +81,34 @@ def load_checkpoint(path, device="cpu"):
     if unknown:
         raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+def load_plugin(path):
+    """Runs a Python file of the user's own, which may add to model.MIXERS and model.FEATURE_MAPS; "" is none.
+
+    Only a path that the user gave on the command line or in a config file ever comes here, none from a checkpoint.
+    """
+    if not path:
+        return
+    file = Path(path).resolve()
+    name = f"plugin_{file.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(file):
+        return
+    if not file.is_file():
+        raise UserError(f"there is no plugin {path}: name a Python file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None:
+        raise UserError(f"the plugin {path} must be a Python file, ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong in it
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"the plugin {path} fails{where}: {type(error).__name__}: {error}") from None
 
 
 def load_weights(model, checkpoint):
@@ -168,21 +195,3 @@ def inference(model):
     """The autocast to run an opened model in: that of its weights."""
     weight = model.embed.weight
     return autocast(weight.device, "bf16" if weight.dtype == torch.bfloat16 else "fp32")
-
-
-def import_plugin(path):
-    """Runs a Python file of the user's own, if any: it may add mixers and feature maps to those of model.py."""
-    if not path:
-        return
-    name = f"plugin_{Path(path).stem}"
-    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = getattr(error, "lineno", None) or lines[-1]
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from None

@@ -24,7 +24,7 @@ from support.machine import out_of_memory
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoint_in, import_plugin, inference, open_model
+from checkpoint import checkpoint_in, inference, load_plugin, open_model
 
 
 @dataclass
@@ -32,7 +32,7 @@ class EvalConfig:
     # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    plugin: str = ""                 # a Python file of your own to import first: it may add to model.MIXERS and model.FEATURE_MAPS
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
@@ -211,7 +211,7 @@ def run_tasks(config, harness):
 @out_of_memory("take a smaller --batch_size, or --context=1024")
 def main():
     config, = configure(sys.argv[1:], EvalConfig)
-    import_plugin(config.plugin)
+    load_plugin(config.plugin)
     model, tokenizer = open_model(config.init_from or checkpoint_in(config.out_dir), config.device, config.precision)
     context = config.context or default_context(model)
     if model.config.pos == "learned" and context > model.config.seq_len:

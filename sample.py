@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from model import state_bytes
-from checkpoint import checkpoint_in, import_plugin, inference, load_file, open_model
+from checkpoint import checkpoint_in, inference, load_file, load_plugin, open_model
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SampleConfig:
     # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    plugin: str = ""                 # a Python file of your own to import first: it may add to model.MIXERS and model.FEATURE_MAPS
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
@@ -247,7 +247,7 @@ def read_state(path, model, generator, seed):
 @out_of_memory("take a smaller --num_samples")
 def main():
     config, = configure(sys.argv[1:], SampleConfig)
-    import_plugin(config.plugin)
+    load_plugin(config.plugin)
     source = config.init_from or checkpoint_in(config.out_dir)
     model, tokenizer = open_model(source, config.device, config.precision)
     prompt = read_text(config.prompt_file) if config.prompt_file else config.prompt
