@@ -32,7 +32,7 @@ class EvalConfig:
     # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    plugin: str = ""                 # a Python file of your own to import first: it may add to model.MIXERS and model.FEATURE_MAPS
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
@@ -64,11 +64,14 @@ def nats(model, tokens, context=0, piece=4096):
 
     A window predicts the last half of its tokens (the first window all of them): each has context/2 tokens before it.
     """
-    tokens = torch.as_tensor(tokens, device=next(model.parameters()).device)[None]
-    end, done, total, state = tokens.shape[1] - 1, 0, 0.0, None
+    tokens = torch.as_tensor(tokens, device=model.embed.weight.device)[None]
+    end = tokens.shape[1] - 1
+    done = 0
+    total = 0.0
+    state = None
     with tqdm(total=end, unit="tok", leave=False, disable=None) as bar:
         while done < end:
-            start = done if not context else max(0, done - context // 2)
+            start = max(0, done - context // 2) if context else done
             stop = min(end, start + (context or piece))
             targets = tokens[:, start + 1:stop + 1].clone()
             targets[:, :done - start] = -1                                        # counted in the window before
@@ -104,24 +107,34 @@ def log_probs(model, tokenizer, text, given="", piece=512):
 def continuations(model, pairs, batch_size):
     """For each (context, continuation), token ids: log p of the continuation, and is each token of it the likeliest?"""
     longest = model.config.seq_len if model.config.pos == "learned" else sys.maxsize
-    device, answers = next(model.parameters()).device, [None] * len(pairs)
+    answers = [None] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))      # like lengths together
     for start in tqdm(range(0, len(order), batch_size), leave=False, disable=None):
         group = order[start:start + batch_size]
         rows = [[*pairs[i][0], *pairs[i][1]][:-1][-longest:] for i in group]
-        width = max(map(len, rows))                                               # what fills up comes after, unseen
-        x, _ = model.hidden(torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device))
-        for i, row, hidden in zip(group, rows, x):
-            answer = torch.tensor(pairs[i][1][-longest:], device=device)
+        for i, row, hidden in zip(group, rows, hidden_rows(model, rows)):
+            answer = torch.tensor(pairs[i][1][-longest:], device=hidden.device)
             log_p = model.logits(hidden[len(row) - len(answer):len(row)]).float().log_softmax(-1)
-            answers[i] = float(log_p.gather(1, answer[:, None]).sum()), bool((log_p.argmax(-1) == answer).all())
-            if math.isnan(answers[i][0]):
+            total = float(log_p.gather(1, answer[:, None]).sum())
+            if math.isnan(total):
                 raise Failed("the log-probabilities are NaN: the model's training diverged; take an earlier checkpoint")
+            likeliest = log_p.argmax(-1) == answer
+            answers[i] = total, bool(likeliest.all())
     return answers
 
 
+def hidden_rows(model, rows):
+    """What the final norm gives for each row of tokens, read at once. What fills a row up comes after it, unseen."""
+    width = max(map(len, rows))
+    filled = [row + [0] * (width - len(row)) for row in rows]
+    x, _ = model.hidden(torch.tensor(filled, device=model.embed.weight.device))
+    return x
+
+
 def default_context(model):
-    return model.config.seq_len if model.config.pos == "learned" or "softmax" in model.config.mixers else 0
+    """seq_len where no state of fixed size holds all before; 0 elsewhere."""
+    bounded = model.config.pos == "learned" or "softmax" in model.config.mixers
+    return model.config.seq_len if bounded else 0
 
 
 def harness_model(model, tokenizer, context, batch_size):
@@ -179,16 +192,21 @@ def read_options(options, prompt_length=0):
     all tokens, where transformers take 50.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    limit = next((int(given[name]) for name in LIMITS if name in given), None)
-    if limit is None and "max_length" in given:                                   # of prompt and text
-        limit = max(0, int(given["max_length"]) - prompt_length)
-    temperature = float(given.get("temperature", 1 if given.get("do_sample") else 0))
-    if not given.get("do_sample", True):
-        temperature = 0
-    sampling = {"temperature": temperature, "top_k": int(given.get("top_k", 0)), "top_p": float(given.get("top_p", 1))}
+    limits = [int(given[name]) for name in LIMITS if name in given]
+    if not limits and "max_length" in given:                                      # of prompt and text
+        limits = [max(0, int(given["max_length"]) - prompt_length)]
+    sampled = given.get("do_sample", "temperature" in given)
+    temperature = float(given.get("temperature", 1))
+    sampling = {
+        "temperature": temperature if sampled else 0,
+        "top_k": int(given.get("top_k", 0)),
+        "top_p": float(given.get("top_p", 1)),
+    }
     until = given.get("until", [])
-    until = [until] if isinstance(until, str) else until
-    return limit, sampling, [stop.encode() for stop in until if stop]
+    if isinstance(until, str):
+        until = [until]
+    stops = [stop.encode() for stop in until if stop]
+    return limits[0] if limits else None, sampling, stops
 
 
 def run_tasks(config, harness):
@@ -204,8 +222,11 @@ def run_tasks(config, harness):
     except (ValueError, TypeError, KeyError, OSError) as error:  # an unknown task, a null in it; data out of reach
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"lm_eval cannot run {config.tasks} ({reason})") from None
-    return {task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
-            for task, values in found["results"].items()}
+    results = {}
+    for task, values in found["results"].items():
+        figures = {key: value for key, value in values.items() if isinstance(value, float)}
+        results[task] = {key.removesuffix(",none"): value for key, value in figures.items()}
+    return results
 
 
 @out_of_memory("take a smaller --batch_size, or --context=1024")
@@ -218,22 +239,37 @@ def main():
         raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: take a smaller --context")
     with inference(model):
         if config.tasks:
-            try:
-                harness = harness_model(model, tokenizer, context, config.batch_size)
-            except ImportError:
-                raise UserError("tasks are run by lm-evaluation-harness: pip install lm_eval") from None
-            print(json.dumps(run_tasks(config, harness)))
-            return
-        text = read_text(config.file)
-        tokens = [tokenizer.eot, *(int(token) for token in tokenizer.encode(text))]
-        if len(tokens) == 1:
-            raise UserError(f"{config.file} is empty")
-        total = nats(model, tokens, context)
-    if not math.isfinite(total):
-        raise Failed(f"the loss is {total / (len(tokens) - 1)}: the model's training diverged; take an earlier checkpoint")
-    size, count = len(text.encode()), len(tokens) - 1
-    print(json.dumps({"tokens": count, "bytes": size, "loss": total / count, "ppl": math.exp(min(100, total / count)),
-                      "bits_per_byte": total / math.log(2) / size, "context": context or "all"}))
+            result = measure_tasks(config, model, tokenizer, context)
+        else:
+            result = measure_text(config, model, tokenizer, context)
+    print(json.dumps(result))
+
+
+def measure_tasks(config, model, tokenizer, context):
+    try:
+        harness = harness_model(model, tokenizer, context, config.batch_size)
+    except ImportError:
+        raise UserError("tasks are run by lm-evaluation-harness: pip install lm_eval") from None
+    return run_tasks(config, harness)
+
+
+def measure_text(config, model, tokenizer, context):
+    text = read_text(config.file)
+    if not text:
+        raise UserError(f"{config.file} is empty")
+    size = len(text.encode())
+    tokens = tokenizer.encode(text).tolist()
+    loss = nats(model, [tokenizer.eot, *tokens], context) / len(tokens)
+    if not math.isfinite(loss):
+        raise Failed(f"the loss is {loss}: the model's training diverged; take an earlier checkpoint")
+    return {
+        "tokens": len(tokens),
+        "bytes": size,
+        "loss": loss,
+        "ppl": math.exp(min(100, loss)),
+        "bits_per_byte": loss * len(tokens) / math.log(2) / size,
+        "context": context or "all",
+    }
 
 
 if __name__ == "__main__":

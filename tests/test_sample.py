@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import model
 import sample
 from configurator import command
 from model import LM, ModelConfig
@@ -30,10 +31,10 @@ def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **option
     torch.manual_seed(0)
     config = {"vocab_size": vocab_size, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window"}
     config |= {"window": 4} | options
-    model, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
-    torch.nn.init.normal_(model.embed.weight, std=0.2)                             # not quite uniform
+    lm, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
+    torch.nn.init.normal_(lm.embed.weight, std=0.2)                                # not quite uniform
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict.fromkeys(checkpoint.CHECKPOINT) | {"model": model.state_dict(), "model_config": config, "data": data},
+    torch.save(dict.fromkeys(checkpoint.CHECKPOINT) | {"model": lm.state_dict(), "model_config": config, "data": data},
                folder / "ckpt.pt")
 
 
@@ -244,26 +245,26 @@ GREEDY = {"max_new_tokens": 30, "temperature": 0, "stop": False}
 
 
 def test_from_python_a_kept_state_continues_a_text_as_one_run_would_and_as_often_as_wanted(write):
-    model, tokenizer = checkpoint.open_model("out", "cpu")
-    whole, _ = sample.generate_text(model, tokenizer, "abc", **GREEDY | {"max_new_tokens": 60})
+    opened = checkpoint.open_model("out", "cpu")
+    whole, _ = sample.generate_text(*opened, "abc", **GREEDY | {"max_new_tokens": 60})
     assert "abc" + whole + "\n" == write("--prompt=abc", "--temperature=0", "--stop=false", "--max_new_tokens=60").out
-    first, state = sample.generate_text(model, tokenizer, "abc", **GREEDY)
-    rest, end = sample.generate_text(model, tokenizer, state=state, **GREEDY)
-    other, _ = sample.generate_text(model, tokenizer, "xyz", state, **GREEDY)
-    again, _ = sample.generate_text(model, tokenizer, state=state, **GREEDY)
+    first, state = sample.generate_text(*opened, "abc", **GREEDY)
+    rest, end = sample.generate_text(*opened, state=state, **GREEDY)
+    other, _ = sample.generate_text(*opened, "xyz", state, **GREEDY)
+    again, _ = sample.generate_text(*opened, state=state, **GREEDY)
     assert first + rest == whole and rest == again != other
     assert (state.tokens, end.tokens) == (33, 63) and state.nbytes == end.nbytes > 0
-    read = sample.read_prompt(model, tokenizer, "abc" + first)
-    assert "".join(sample.stream_text(model, tokenizer, read, **GREEDY)) == rest and read.tokens == 63
+    read = sample.read_prompt(*opened, "abc" + first)
+    assert "".join(sample.stream_text(*opened, read, **GREEDY)) == rest and read.tokens == 63
 
 
 def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, monkeypatch):
     lines = ["ab", "Füße", "", "x"]
-    model, tokenizer = checkpoint.open_model("out", "cpu")
+    opened = checkpoint.open_model("out", "cpu")
     answers, state, sizes = [], None, []
     for turn, line in enumerate(lines):
         line = "\n" * bool(turn and line) + line
-        answer, state = sample.generate_text(model, tokenizer, line, state, **GREEDY)
+        answer, state = sample.generate_text(*opened, line, state, **GREEDY)
         answers.append(answer)
         sizes.append(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:.1f} kB]")
     for first in ([], ["--prompt=ab"]):
@@ -317,6 +318,21 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program(tmp_path):
             pass
     assert program.wait() == 0
     os.close(terminal)
+
+
+def test_a_model_with_parts_of_the_users_own_needs_its_plugin(write, refusal, monkeypatch):
+    plugin = "import model\nmodel.FEATURE_MAPS['mine'] = model.FEATURE_MAPS['elu']\nmodel.MIXERS['own'] = model.MIXERS['linear']"
+    Path("mine.py").write_text(plugin)
+    maps, mixers = model.FEATURE_MAPS, model.MIXERS
+    monkeypatch.setattr(model, "FEATURE_MAPS", maps | {"mine": maps["elu"]})
+    monkeypatch.setattr(model, "MIXERS", mixers | {"own": mixers["linear"]})
+    write_checkpoint(Path("out"), feature_map="mine", mixers="own window")
+    monkeypatch.setattr(model, "FEATURE_MAPS", dict(maps))
+    monkeypatch.setattr(model, "MIXERS", dict(mixers))
+    assert write("--prompt=abc", "--plugin=mine.py").code == 0
+    Path("broken.py").write_text("import model\nmodel.MIXER")
+    assert "broken.py fails, line 2: AttributeError" in refusal("--plugin=broken.py")
+    assert "there is no plugin none.py" in refusal("--plugin", "none.py")
 
 
 def test_model_py_works_without_huggingface_hub():
