@@ -30,7 +30,7 @@ from configurator import UserError, command, configure, help_first
 help_first(__name__, __file__, "model.py")
 
 from support.dataset import Dataset, Windows, load_tokenizer                      # support comes before torch
-from support.files import locked, replacing
+from support.files import leftovers, locked, replacing
 from support.machine import (RANK, WORLD, autocast, compile_blocks, gather, out_of_memory, peak_memory, pick_device,
                              pick_precision, processes, progress, reduce, run_and_leave, say, stop_at_signals, whole)
 from support.optim import load_optimizer, lr_at, make_optimizer
@@ -278,7 +278,8 @@ class Run:
         try:
             old = [self.latest, self.best, self.out_dir / "loss.png", *self.out_dir.glob(KEPT)] if fresh else []
             ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
-            for stale in [*old, *(path for name in ours for path in self.out_dir.glob(name + ".tmp"))]:
+            halves = [path for name in ours for path in leftovers(self.out_dir, name)]
+            for stale in [*old, *halves, *(path for name in ours for path in self.out_dir.glob(name + ".tmp"))]:
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to out_dir={self.out_dir}: {error.strerror}") from None
