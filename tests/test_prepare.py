@@ -20,7 +20,8 @@ from hypothesis import given, settings, strategies as st
 
 import prepare
 from configurator import UserError
-from support.dataset import open_split, read_manifest
+from support import texts
+from support.dataset import bin_problems, clean, open_split, read_manifest, read_sealed
 
 PROGRAM = Path(prepare.__file__)
 BYTES = prepare.load_tokenizer("bytes")
@@ -36,8 +37,15 @@ def gpt2():
         pytest.skip(f"no gpt2 vocabulary here: {error}")
 
 
-def start(folder, *flags, **options):
-    command = [sys.executable, str(PROGRAM), "--tokenizer=bytes", *flags]
+ALONE = "import sys, prepare; sys.argv[0], prepare.GROUP = 'prepare.py', 1; prepare.command(prepare.main)"
+
+
+def start(folder, *flags, alone=True, **options):
+    """A run of prepare.py; alone: every file is a source of its own, however small."""
+    command = [sys.executable, *(["-c", ALONE] if alone else [str(PROGRAM)]), "--tokenizer=bytes", *flags]
+    if alone:
+        path = os.pathsep.join(filter(None, [str(PROGRAM.parent), options.get("env", os.environ).get("PYTHONPATH")]))
+        options["env"] = options.get("env", os.environ) | {"PYTHONPATH": path}
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -68,7 +76,8 @@ def texts_of(folder, split):
     tokenizer = prepare.load_tokenizer(manifest["tokenizer"])
     texts = []
     for ids in open_split(folder, manifest, split):
-        assert ids[-1] == tokenizer.eot and not ids.flags.writeable
+        assert ids[:][-1] == tokenizer.eot and not ids[:].flags.writeable
+        ids = ids[:]
         ends = np.flatnonzero(ids == tokenizer.eot)
         for begin, end in zip([0, *ends + 1], ends):
             texts.append(tokenizer.decode_bytes(ids[begin:end]).decode())
@@ -114,11 +123,11 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-def read(path, data):
+def read_all(path, data):
     """(texts, number of bad records) of a file with these bytes."""
     path.write_bytes(data)
-    tally = prepare.Tally(10**9)
-    return [text for text, _, _ in prepare.read(str(path), 0, len(data), tally)], tally.counts["bad"]
+    tally = texts.Tally(10**9)
+    return [text for text, _, _ in texts.read(str(path), 0, len(data), tally)], tally.counts["bad"]
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5)
@@ -131,15 +140,19 @@ LINE = (st.binary(max_size=40) | st.just(b"[" * 100_000) | st.builds(lambda valu
 @given(st.lists(LINE))
 def test_every_line_is_a_text_or_is_counted(scratch, lines):
     data = b"\n".join(lines)
-    texts, bad = read(scratch / "lines.jsonl", data)
+    try:
+        texts, bad = read_all(scratch / "lines.jsonl", data)
+    except UserError as error:
+        assert re.search("lines.jsonl(: not one of its| is not UTF-8| begins as one JSON array)", str(error))
+        return
     assert all(isinstance(text, str) for text in texts)
-    assert len(texts) + bad == sum(bool(line.strip()) for line in data.split(b"\n"))
+    assert len(texts) + bad == len([line for line in re.split("\r\n|\r|\n", data.decode(errors="replace")) if line.strip()])
 
 
 @given(st.lists(st.text(st.characters())))
 def test_json_lines_keep_every_text(scratch, texts):
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    assert read(scratch / "texts.jsonl", data) == (texts, 0)
+    assert read_all(scratch / "texts.jsonl", data) == (texts, 0)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200), st.integers(0, 255), st.integers(0, 400))
@@ -147,7 +160,7 @@ def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, va
     packed = bytearray(gzip.compress(json.dumps({"text": data.hex()}).encode() + b"\n"))
     packed[position % len(packed)] = value
     try:
-        texts, bad = read(scratch / "damaged.json.gz", packed[:size])
+        texts, bad = read_all(scratch / "damaged.json.gz", packed[:size])
         assert texts == [data.hex()] or bad
     except UserError as error:
         assert "damaged.json.gz" in str(error)
@@ -172,19 +185,19 @@ def test_a_damaged_parquet_is_read_or_named_and_never_cut_in_silence(scratch, pa
     for position, value in changes:
         data[position % len(data)] = value
     try:
-        texts, bad = read(scratch / "damaged.parquet", data[:size])
+        texts, bad = read_all(scratch / "damaged.parquet", data[:size])
         assert bad or len(texts) == 5 or data[footer:] != parquet[footer:], "the footer says how many there are"
     except UserError as error:
         assert re.search("damaged.parquet(:\\d+: the file| cannot be read| has no column text)", str(error))
 
 
-@given(st.sampled_from(prepare.EXTENSIONS), st.binary(max_size=300))
+@given(st.sampled_from(texts.EXTENSIONS), st.binary(max_size=300))
 def test_any_bytes_under_any_name_are_read_or_are_one_line(scratch, extension, data):
     try:
-        texts, _ = read(scratch / f"any{extension}", data)
+        texts, _ = read_all(scratch / f"any{extension}", data)
         assert all(isinstance(text, str) for text in texts)
     except UserError as error:
-        assert "any.parquet" in str(error) or "any.json" in str(error) and "the gzip stream" in str(error)
+        assert f"any{extension}" in str(error)
 
 
 @given(st.text(), st.text(), st.text())
@@ -199,7 +212,7 @@ def test_any_flag_gives_sources_or_one_line(scratch, dataset, data_files, shards
         assert prepare.find_files(data_files)
 
 
-TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8"))
+TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 
 
 @given(TEXT, st.integers(1, 9))
@@ -207,7 +220,7 @@ TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st
 def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size):
     path = scratch / "text.txt"
     path.write_bytes(text.encode())
-    pieces = list(prepare.read_plain(path, 0, len(text.encode()), size))
+    pieces = list(texts.read_plain(path, 0, len(text.encode()), size))
     assert "".join(piece for piece, _, _ in pieces) == text.removeprefix("\ufeff")
     assert [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     ids = [*gpt2.encode(text.removeprefix("\ufeff"))]
@@ -219,15 +232,15 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size
 def test_a_tail_is_cut_between_two_characters(scratch, text, fraction):
     path = scratch / "tail.txt"
     path.write_bytes(text.encode("utf-8", "replace"))
-    (_, _, begin, cut), (_, _, again, end) = prepare.split_tail(path, fraction)
+    (_, _, begin, cut), (_, _, again, end) = texts.split_tail(path, fraction)
     data = path.read_bytes()
     assert (begin, again, end) == (0, cut, len(data)) and data[:cut].decode() + data[cut:].decode() == data.decode()
 
 
 def test_big_text_is_read_in_pieces(tmp_path):
     (tmp_path / "big.txt").write_bytes(b"some words\n" * 400_000)
-    sizes = [len(piece) for piece, _, _ in prepare.read_plain(tmp_path / "big.txt", 0, 4_400_000)]
-    assert sum(sizes) == 4_400_000 and max(sizes) < 1.1 * prepare.PIECE
+    sizes = [len(piece) for piece, _, _ in texts.read_plain(tmp_path / "big.txt", 0, 4_400_000)]
+    assert sum(sizes) == 4_400_000 and max(sizes) < 1.1 * texts.PIECE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
         (tmp_path / f"txt/{i:03d}.txt").write_text(text)
     splits = []
     for i, files in enumerate(["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "txt/*.txt"]):
-        run(tmp_path, f"--dataset=d{i}", f"--data_files={files}")
+        run(tmp_path, f"--dataset=d{i}", f"--data_files={files}", alone=False)
         splits.append([texts_of(tmp_path / f"data/d{i}", split) for split in ("train", "val")])
     assert all(split == splits[0] for split in splits) and sorted(sum(splits[0], [])) == sorted(texts)
     pyarrow.parquet.write_table(pyarrow.table({"id": range(200)}), tmp_path / "ids.parquet")
@@ -282,7 +295,7 @@ def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2,
     config.folder.mkdir()
     for name, value in (("CONFIG", config), ("OPTIONS", {}), ("TOKENIZER", gpt2), ("PROGRESS", [0, 0, 0])):
         monkeypatch.setattr(prepare, name, value, raising=False)
-    (source,) = prepare.local_sources([str(tmp_path / "a.json.gz")], 0.05)
+    (source,) = prepare.local_sources([str(tmp_path / "a.json.gz")], str(tmp_path), 0.05)
 
     def cpu(call):
         begin = time.process_time()
@@ -290,7 +303,7 @@ def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2,
         return time.process_time() - begin
 
     ratios = [cpu(lambda: [np.array(raw.encode_ordinary(text), np.uint16) for text in texts])
-              / cpu(lambda: prepare.write_source(0, source, source.sha256())) for _ in range(5)]
+              / cpu(lambda: prepare.write_source(0, source, source.sha256(), source.state())) for _ in range(5)]
     print(f"of the raw tokenizer's throughput: {sorted(ratios)[2]:.3f}")
     assert sorted(ratios)[2] > 0.9, ratios
 
@@ -360,7 +373,7 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     (tmp_path / "letters.txt").write_text("b" * 1_500_000)  # longer than the pieces in which a .txt is read
     out = run(tmp_path, "--dataset=hard", "--data_files=*.jsonl *.txt", f"--tokenizer={tokenizer}")
     read = sorted(texts_of(tmp_path / "data/hard", "train"))
-    assert read == sorted(["b" * 1_500_000, *(prepare.clean(text)[0] for text in texts if text)])
+    assert read == sorted(["b" * 1_500_000, *(clean(text)[0] for text in texts if text)])
     assert "1 empty document" in out and "1 texts with invalid characters" in out
 
 
@@ -374,14 +387,14 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     (["--dataset=x", "--data_files=one.jsonl"], "no "),
     (["--dataset=x", "--data_files=val.txt"], "none is left to train on"),
     (["--dataset=x", "--data_files=text.parquet"], "text.parquet cannot be read (ArrowInvalid"),
-    (["--dataset=x", "--data_files=noise.jsonl.gz"], "gzip"),
+    (["--dataset=x", "--data_files=noise.jsonl.gz"], "is not compressed"),
     (["--dataset=x", "--data_files=a.txt", "--data_dir=a.txt"], "--data_dir"),
     (["--dataset=x", "--data_files=a.txt", "--val_fraction=1"], "val_fraction"),
     (["--dataset=" + 300 * "x", "--data_files=a.txt", "--data_dir=."], "too long"),
     (["--dataset=x", "--verify"], "python prepare.py --dataset=x"),
     *((["--shards=" + shards], "--shards") for shards in ("0", "-1", "2:1", "0:1025", "1:2:3", "x", "", "²"))])
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, words):
-    for name, data in (("a.txt", b"text"), ("b.pdf", b"x"), ("empty.txt", b""), ("one.jsonl", b'{"text": "alone"}'),
+    for name, data in (("a.txt", b"text"), ("b.pdf", b"x"), ("empty.txt", b""), ("one.jsonl", b'{"text": "a"}'),
                        ("val.txt", b"x"), ("text.parquet", b"PAR1 not really"), ("noise.jsonl.gz", b"not gzip")):
         (tmp_path / name).write_bytes(data)
     before = contents(tmp_path)
@@ -423,7 +436,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path, files, words, l
     assert "cannot write data/x/" in error and "(File too large): is the disk full?" in error
     assert not list(folder.glob("*.tmp")) and not (folder / "manifest.json").exists()
     for record in folder.glob("*.json"):
-        assert not list(prepare.bin_problems(folder, prepare.read_sealed(record), whole=True)), "a record of nothing"
+        assert not list(bin_problems(folder, read_sealed(record), whole=True)), "a record of nothing"
     run(tmp_path, *ask)
     run(tmp_path, *ask, "--data_dir=other")
     assert contents(folder) == contents(tmp_path / "other/x")
@@ -434,12 +447,13 @@ def test_a_finished_dataset_survives_the_same_command_whatever_else_is_amiss(tmp
     run(tmp_path, flag)
     for name in ("my-notes.json", "my-notes.tmp", "notes.bin"):  # the user's
         (folder / name).write_text("{}")
-    for name in ("x.tmp", "train-00000.bin.tmp", "manifest.json.tmp"):  # the last: manifest.json cannot be written
+    for name in ("x.tmp", "train-00000.bin.0123abcd.tmp", "manifest.json.0123abcd.tmp"):
         (folder / name).mkdir()
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     run(tmp_path, flag)  # nothing is left to write
     run(tmp_path, "--verify")
     (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
     assert "cannot write data/c4/manifest.json" in refusal(tmp_path, flag)
     del before[folder / "manifest.json"]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -532,7 +546,7 @@ def task(index, source):
     raise prepare.UserError("this source fails")
 
 if __name__ == "__main__":
-    prepare.encode_source = task
+    prepare.encode_source, prepare.GROUP = task, 1
     prepare.command(lambda: prepare.main(sys.argv[1:]))
 '''
 
@@ -560,7 +574,7 @@ def test_a_restart_skips_what_is_whole_and_mends_what_is_not(tmp_path):
     flip(folder / "train-00002.bin", 100)
     flip(folder / "val-00003.json", 50)
     (folder / "manifest.json").unlink()
-    (folder / "train-00009.bin.tmp").write_bytes(b"left by a kill")
+    (folder / "train-00009.bin.0123abcd.tmp").write_bytes(b"left by a kill")
     run(tmp_path, flag)
     assert contents(folder) == before and (folder / "train-00001.bin").stat().st_ino == untouched
 
@@ -574,10 +588,20 @@ def test_other_options_in_the_same_folder_are_refused_with_the_difference(tmp_pa
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
     assert "source b.jsonl, not among the files" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
     assert "source a.jsonl, not b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
-    (tmp_path / "data/d/manifest.json").unlink()  # an unfinished dataset is protected as well
-    assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
-    del before["manifest.json"]
     assert contents(tmp_path / "data/d") == before
+
+
+def test_after_a_run_that_failed_the_corrected_command_makes_what_it_would_have_made_alone(tmp_path):
+    write_jsonl(tmp_path / "good.jsonl", [f"good {i}" for i in range(100)])
+    write_jsonl(tmp_path / "other.jsonl", [f"other {i}" for i in range(100)])
+    (tmp_path / "bad.jsonl").write_text("no json\n" * 100)
+    assert "bad.jsonl:11: not JSON" in refusal(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--processes=1")
+    for flags in (["--data_files=good.jsonl"], ["--data_files=g*.jsonl o*.jsonl", "--val_fraction=0.3"]):
+        (tmp_path / "data/d/manifest.json").unlink(missing_ok=True)  # as if the run before had failed
+        run(tmp_path, "--dataset=d", *flags)
+        run(tmp_path, "--dataset=d", *flags, "--data_dir=alone")
+        assert contents(tmp_path / "data/d") == contents(tmp_path / "alone/d")
+        shutil.rmtree(tmp_path / "alone")
 
 
 def test_a_source_that_has_changed_is_refused_and_only_it_is_made_anew(tmp_path):
