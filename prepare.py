@@ -264,6 +264,7 @@ def local_revision(name):
 def start_worker(config, options, progress):
     global CONFIG, OPTIONS, TOKENIZER, PROGRESS
     CONFIG, OPTIONS, TOKENIZER, PROGRESS = config, options, load_tokenizer(options["tokenizer"]), progress
+    tqdm.set_lock(threading.RLock())  # datasets' bars would make one of all processes, which a killed worker leaks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
     threading.Thread(target=end_with_parent, daemon=True).start()
 

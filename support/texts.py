@@ -317,8 +317,7 @@ def open_bytes(path):
     if not path.startswith("hf://"):
         return open(path, "rb")
     # What load_dataset(streaming=True) opens, with its retries; as bytes, so that bad lines can be counted one by one.
-    from datasets.utils.file_utils import xopen
-    return xopen(path, "rb")
+    return import_datasets().utils.file_utils.xopen(path, "rb")
 
 
 def parse_json(line):
@@ -359,11 +358,19 @@ def read_parquet(path, tally, field):
             raise UserError(f"{path}:{row + 1}: the file is damaged and the rest lost: fetch it again")
 
 
-def open_hub(name, config, revision):
-    """The splits of a dataset of the hub, or of a local folder or file, as streams: {split: IterableDataset}."""
+def import_datasets():
+    """The datasets library, without torch, which it would import, and without its bars."""
+    os.environ["USE_TORCH"] = "0"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import datasets
+    import datasets.utils.file_utils
     datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def open_hub(name, config, revision):
+    """The splits of a dataset of the hub, or of a local folder or file, as streams: {split: IterableDataset}."""
+    datasets = import_datasets()
     given, options = name, {}
     if os.path.isfile(name):
         given = os.path.dirname(os.path.abspath(name))

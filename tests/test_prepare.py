@@ -478,6 +478,310 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which files, and which of them are validation.
+
+@pytest.mark.parametrize("names, pattern, held", [
+    (["Train.jsonl", "Validation.jsonl"], "*.jsonl", ["Validation.jsonl"]),
+    (["train/part0.jsonl", "val/part0.jsonl"], "*/*.jsonl", ["val/part0.jsonl"]),
+    (["train/part0.jsonl", "val/part0.jsonl"], "train/*.jsonl val/*.jsonl", ["val/part0.jsonl"]),
+    (["a/train/0.jsonl", "a/VALIDATION/x/0.jsonl"], "a/**/*.jsonl", ["a/VALIDATION/x/0.jsonl"]),
+    (["text.jsonl", "text.Valid.jsonl"], "text*", ["text.Valid.jsonl"]),
+    (["val/train.jsonl", "val/test.jsonl"], "val/*.jsonl", []),  # not below the fixed part of the pattern
+    (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl"], "*.jsonl", [])])
+def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, names, pattern, held):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [f"{name} {i}" for i in range(200)])
+    out = run(tmp_path, "--dataset=d", f"--data_files={pattern}", alone=False)
+    if held:
+        assert f"  validation: {', '.join(held)}\n" in out
+        assert sorted(texts_of(tmp_path / "data/d", "val")) == sorted(f"{name} {i}" for name in held for i in range(200))
+    else:
+        assert "% of the tokens, from all files alike" in out
+        assert 0 < len(texts_of(tmp_path / "data/d", "val")) < 60
+
+
+def test_small_files_of_any_kind_share_a_bin(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    for i in range(15):
+        write_jsonl(tmp_path / f"{i:02d}.jsonl", [f"{i} {j}" for j in range(9)])
+        write_jsonl(tmp_path / f"{i:02d}.val.jsonl.gz", [f"{i} {j}" for j in range(9)])
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} {j}" for j in range(9)]}), tmp_path / f"{i:02d}.parquet")
+    run(tmp_path, "--dataset=d", "--data_files=*.jsonl *.gz *.parquet", alone=False)
+    assert [*read_manifest(tmp_path / "data/d")["files"]] == ["train-00000.bin", "val-00001.bin"]
+    assert len(texts_of(tmp_path / "data/d", "train")) == 270 and len(texts_of(tmp_path / "data/d", "val")) == 135
+
+
+def test_a_text_behind_links_is_read_once_and_loops_of_links_end(tmp_path):
+    (tmp_path / "texts/2024/deep").mkdir(parents=True)
+    for name in ("2024/a", "2024/deep/b", "c"):
+        (tmp_path / f"texts/{name}.txt").write_text(f"text {name} " * 9)
+    for link in ("2024/loop", "2024/deep/loop", "2024/deep/up"):
+        (tmp_path / "texts" / link).symlink_to(".." if link.endswith("up") else ".")
+    (tmp_path / "texts/a link").symlink_to("2024")
+    (tmp_path / "texts/again.txt").symlink_to("2024/a.txt")
+    found, base = texts.find_files(str(tmp_path / "texts/**/*.txt"))
+    assert [os.path.relpath(path, base) for path in found] == ["2024/a.txt", "2024/deep/b.txt", "c.txt"]
+    assert [os.path.basename(path) for path in texts.find_files(str(tmp_path / "texts/**"))[0]] == ["a.txt", "b.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "my [data]/*.txt", "what?/a b.txt", "one, two/a.txt", "*/x/[y].txt", "-a.txt"])
+def test_a_name_that_is_there_is_no_pattern(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name.replace("*.txt", "b.txt"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("text")
+    Path("a1.txt").write_text("another")
+    assert texts.find_files(name)[0] == [str(path)]
+    if "," not in name:
+        assert texts.find_files(f"{name},a1.txt")[0] == sorted(["a1.txt", str(path)])
+
+
+def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_command_works(tmp_path):
+    import shlex
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=os.environ | {"HOME": str(tmp_path)})
+    assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
+    words = shlex.split(re.search("next: (.*?)    ", out)[1])
+    assert words[:3] == ["python", "train.py", "config/tiny.py"] and f"--data_dir={tmp_path}/my $data;" in words
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_name_that_the_terminal_has_no_characters_for_is_no_error(tmp_path, encoding):
+    name = "val-\u043f\u0440\u0438\u0432\u0435\u0442-" + os.fsdecode(b"\xff") + ".txt"
+    (tmp_path / name).write_text("text " * 100)
+    (tmp_path / "a.txt").write_text("text " * 100)
+    out = run(tmp_path, "--dataset=d", "--data_files=*.txt", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert "validation: val-" in out and "next: " in out
+
+
+@pytest.mark.parametrize("make, words", [
+    (os.mkfifo, "a.txt is not a regular file"), (os.mkdir, "a.txt is a folder"),
+    (lambda path: os.symlink("gone", path), "a.txt is not a regular file, or a link to none")])
+def test_what_is_no_file_is_named(tmp_path, make, words):
+    make(tmp_path / "a.txt")
+    assert words in refusal(tmp_path, "--dataset=d", "--data_files=a.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encodings, and records that are not lines.
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.json.gz"])
+def test_a_byte_order_mark_says_how_a_text_is_read(tmp_path, encoding, kind):
+    lines = [f"naïve 🙂 {i} “quoted”" for i in range(200)]
+    text = "".join((line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)) + "\r\n" for line in lines)
+    data = ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    out = run(tmp_path, "--dataset=d", f"--data_files={kind}", "--val_fraction=0.1")
+    read = texts_of(tmp_path / "data/d", "train") + texts_of(tmp_path / "data/d", "val")
+    assert "".join(read) == text if kind == "one.txt" else sorted(read) == sorted(lines)
+    assert "invalid" not in out
+
+
+@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.jsonl.gz"])
+@pytest.mark.parametrize("encoding, named", [("latin-1", "CP1252"), ("utf-16-le", "UTF-16LE"), ("cp1251", "CP1251")])
+def test_a_text_of_another_encoding_is_refused_and_its_encoding_named(tmp_path, kind, encoding, named):
+    line = "Привет, как дела? Это обычный текст." if encoding == "cp1251" else "Le café était fermé ce jour-là."
+    line = line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)
+    data = "".join(line + "\n" for _ in range(300)).encode(encoding)
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    error = refusal(tmp_path, "--dataset=d", f"--data_files={kind}")
+    assert f"{kind} is not UTF-8 text, perhaps {named}" in error and f"iconv -f {named} -t UTF-8 {kind}" in error
+
+
+def test_a_few_invalid_bytes_in_a_long_text_are_repaired_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve words ".encode() * 1000 + b"\xe9\xff" + b" words" * 1000)
+    assert "1 texts with invalid characters" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])
+@pytest.mark.parametrize("form", [lambda records: json.dumps(records), lambda records: json.dumps(records, indent=1),
+                                  lambda records: "\r".join(map(json.dumps, records)),
+                                  lambda records: "\r\n\r\n".join(map(json.dumps, records))])
+def test_an_array_of_records_and_lines_that_end_in_cr_are_read_whole(tmp_path, name, form):
+    data = form([{"text": f"text {i}", "n": [i]} for i in range(50)]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    out = run(tmp_path, "--dataset=d", f"--data_files={name}")
+    read = texts_of(tmp_path / "data/d", "train") + texts_of(tmp_path / "data/d", "val")
+    assert sorted(read) == sorted(f"text {i}" for i in range(50)) and "unreadable" not in out
+
+
+@pytest.mark.parametrize("data, words", [
+    (b'{"text": "plain"}\n', "is not compressed, though its name ends in .gz: rename it, mv a.json.gz a.json"),
+    (gzip.compress(b'{"text": "whole"}\n') + b"trailing", "has other bytes after the end of its gzip stream"),
+    (gzip.compress(b'{"text": "whole"}\n' * 9)[:-3], "is truncated or damaged"),
+    (gzip.compress(b'[{"text": "one"}, {"te'), "begins as one JSON array and cannot be read as one"),
+    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of its 3 records can be read")])
+def test_what_cannot_be_read_of_a_compressed_file_is_named_for_what_it_is(tmp_path, data, words):
+    (tmp_path / "a.json.gz").write_bytes(data)
+    (tmp_path / "val.jsonl").write_text('{"text": "v"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "v"}')
+    assert words in refusal(tmp_path, "--dataset=d", "--data_files=*.json*", alone=False)
+
+
+def test_a_file_that_is_rewritten_at_its_size_while_it_is_read_is_no_source(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("text " * 100)
+    config = prepare.PrepareConfig(dataset="x", data_dir=str(tmp_path))
+    config.folder.mkdir()
+    for name, value in (("CONFIG", config), ("OPTIONS", {}), ("TOKENIZER", BYTES), ("PROGRESS", [0, 0, 0])):
+        monkeypatch.setattr(prepare, name, value, raising=False)
+    (source,) = prepare.local_sources([str(path)], str(tmp_path), 0.05)
+    state, sha256 = source.state(), source.sha256()
+    path.write_text("test " * 100)
+    os.utime(path, ns=(state[0][1], state[0][1]))
+    with pytest.raises(UserError, match="a.txt was changed while it was being read"):
+        prepare.write_source(0, source, sha256, state)
+    assert contents(config.folder) == {}
+
+
+def test_a_record_with_a_million_spaces_is_a_document(tmp_path, gpt2):
+    write_jsonl(tmp_path / "a.jsonl", [" " * 1_000_000 + "text", "more"])
+    (tmp_path / "val.txt").write_text("\n" * 1_000_000 + "text")
+    run(tmp_path, "--dataset=d", "--data_files=a.jsonl val.txt", "--tokenizer=gpt2")
+    assert texts_of(tmp_path / "data/d", "train") == [" " * 1_000_000 + "text", "more"]
+    assert texts_of(tmp_path / "data/d", "val") == ["\n" * 1_000_000 + "text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The share that is held out.
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("documents", [1, 2, 13, 40, 300])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_the_share_of_text_that_was_asked_for_is_held_out(tmp_path, kind, documents, fraction):
+    rng = random.Random(documents)
+    lines = [f"{i} " + "word " * rng.randint(20, 60) for i in range(documents)]
+    if kind.endswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), tmp_path / kind)
+    else:
+        write_jsonl(tmp_path / kind, lines)
+    run(tmp_path, "--dataset=d", f"--data_files={kind}", f"--val_fraction={fraction}")
+    train, val = texts_of(tmp_path / "data/d", "train"), texts_of(tmp_path / "data/d", "val")
+    share = sum(map(len, val)) / sum(map(len, train + val))
+    assert fraction / 2 <= share <= 2 * fraction and sum(map(len, train + val)) == sum(map(len, lines))
+    if documents * fraction > 2:
+        assert sorted(train + val) == sorted(lines) and abs(share - fraction) < 0.1
+
+
+def test_documents_with_the_same_text_are_never_in_both_splits(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i % 20}" for i in range(200)])
+    run(tmp_path, "--dataset=d", "--data_files=a.jsonl")
+    train, val = texts_of(tmp_path / "data/d", "train"), texts_of(tmp_path / "data/d", "val")
+    assert val and not {*train} & {*val} and len(train + val) == 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What datasets reads, and tokenizers of one's own.
+
+OFFLINE = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+
+
+def write_local_hub(folder, files=3, documents=40):
+    (folder / "ds").mkdir()
+    for i in range(files):
+        lines = [json.dumps({"story": f"story {i} {j}"}) + "\n" for j in range(documents)]
+        (folder / f"ds/part{i}.jsonl").write_text("".join(lines))
+    return ["--dataset=d", "--hub=ds", "--text_field=story"]
+
+
+def test_a_dataset_that_datasets_reads_gives_one_bin_per_shard_and_keeps_its_revision(tmp_path):
+    flags = write_local_hub(tmp_path)
+    run(tmp_path, *flags, env=OFFLINE)
+    folder = tmp_path / "data/d"
+    manifest = read_manifest(folder)
+    assert (manifest["origin"], manifest["hub"], manifest["text_field"]) == ("hub", "ds", "story")
+    assert len(manifest["revision"]) == 64 and manifest["shards"] == {"train": 3} and len(manifest["files"]) == 6
+    read = texts_of(folder, "train") + texts_of(folder, "val")
+    assert sorted(read) == sorted(f"story {i} {j}" for i in range(3) for j in range(40))
+    before = contents(folder)
+    for name in ("both-00001.json", "manifest.json"):  # as a kill leaves it
+        (folder / name).unlink()
+    run(tmp_path, *flags, env=OFFLINE)
+    assert contents(folder) == before
+    with open(tmp_path / "ds/part1.jsonl", "a") as file:
+        file.write('{"story": "one more"}\n')
+    assert "was made with revision" in refusal(tmp_path, *flags, env=OFFLINE)
+
+
+def test_max_documents_takes_the_first_of_each_split_and_a_kill_changes_nothing(tmp_path):
+    flags = [*write_local_hub(tmp_path), "--max_documents=70"]
+    run(tmp_path, *flags, env=OFFLINE)
+    folder = tmp_path / "data/d"
+    read = texts_of(folder, "train") + texts_of(folder, "val")
+    assert sorted(read) == sorted([f"story 0 {j}" for j in range(40)] + [f"story 1 {j}" for j in range(30)])
+    before = contents(folder)
+    (folder / "both-00001.json").unlink()
+    run(tmp_path, *flags, env=OFFLINE)
+    assert contents(folder) == before
+
+
+def test_splits_of_a_dataset_that_say_validation_are_held_out(tmp_path):
+    (tmp_path / "ds").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"ds/{split}.csv").write_text("text,n\n" + "".join(f"{split} {i},1\n" for i in range(20)))
+    run(tmp_path, "--dataset=d", "--hub=ds", env=OFFLINE)
+    assert texts_of(tmp_path / "data/d", "train") == [f"train {i}" for i in range(20)]
+    assert texts_of(tmp_path / "data/d", "val") == [f"validation {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--hub=ds"], "--dataset name"), (["--dataset=d", "--hub=ds", "--data_files=x"], "not both"),
+    (["--dataset=d", "--data_files=one.csv", "--max_documents=3"], "belong to --hub"),
+    (["--dataset=d", "--hub=someone/nothing"], "datasets cannot open someone/nothing"),
+    (["--dataset=d", "--hub=one.csv", "--config=other"], "datasets cannot open one.csv"),
+    (["--dataset=d", "--hub=one.csv", "--text_field=txt", "--max_bad=1"], "no field txt")])
+def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path, flags, words):
+    (tmp_path / "one.csv").write_text("text\na\nb\nc\n")
+    (tmp_path / "ds").mkdir()
+    assert words in refusal(tmp_path, *flags, env=OFFLINE)
+
+
+def test_a_dataset_of_the_hub_leaves_torch_unimported(tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os._exit(9)")
+    (tmp_path / "one.csv").write_text("text\n" + "".join(f"text {i}\n" for i in range(50)))
+    run(tmp_path, "--dataset=d", "--hub=one.csv", env=OFFLINE | {"PYTHONPATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_a_tokenizer_json_of_ones_own_gives_the_text_back(tmp_path, kind):
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=kind == "Metaspace"))
+    text = "naïve words, 🙂 more words\n" * 20
+    if kind == "ByteLevel":
+        own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        own.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+        own.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never")
+        alphabet = []
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"])
+    own.train_from_iterator([text], trainer)
+    own.save(str(tmp_path / "my tokenizer.json"))
+    write_jsonl(tmp_path / "a.jsonl", [text, "words <s>"])
+    write_jsonl(tmp_path / "val.jsonl", [text])
+    os.chdir(tmp_path)
+    run(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--tokenizer=my tokenizer.json")
+    assert texts_of(tmp_path / "data/d", "train")[0] == text and texts_of(tmp_path / "data/d", "val") == [text]
+    manifest = read_manifest(tmp_path / "data/d")
+    assert manifest["vocab_size"] == own.get_vocab_size() + 1 and manifest["tokenizer"] == "my tokenizer.json"
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{}", b"[]", b"\xff", b'{"model": 3}'])
+def test_a_tokenizer_json_that_is_none_is_one_line(tmp_path, data):
+    if data is not None:
+        (tmp_path / "t.json").write_bytes(data)
+    (tmp_path / "a.txt").write_text("text")
+    assert "t.json" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=t.json")
+    assert "unknown tokenizer 'gpt3'" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=gpt3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Kills, restarts, rot.
 
 def workers_of(process):
