@@ -564,7 +564,7 @@ def say_what_was_made(config, manifest, sources):
           + ", all verified" * config.verify)
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
-        print(f"  validation: {', '.join(held[:20])}" + f" and {len(held) - 20} more" * (len(held) > 20))
+        print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
     elif any(source.stem.startswith("both-") for source in sources):
         print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike: no name says val")
     for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
@@ -572,7 +572,7 @@ def say_what_was_made(config, manifest, sources):
         if count := sum(entry.get(key, 0) for entry in entries):
             print(f"  {count:,} {meaning}")
     for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
-        print(f"  {example}")
+        print(f"  {printable(example)}")
     print(next_steps(config, manifest, train, val))
 
 
