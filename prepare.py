@@ -15,7 +15,6 @@ command finishes to the same bytes, and machines that share the work need no coo
 and --verify. (One manifest that grows with every shard would need a lock.) Records and manifest end with a checksum of
 themselves; training checks that and sizes, --verify all the bytes.
 """
-import collections
 import concurrent.futures as futures
 import contextlib
 import hashlib
@@ -24,7 +23,6 @@ import multiprocessing
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -42,16 +40,16 @@ from configurator import UserError, command, configure, help_first, printable
 
 help_first(__name__, __file__)
 
-from support.dataset import (NoDocuments, bin_problems, list_records, load_tokenizer, read_record,
-                             verify, within, write_manifest, write_sealed)
+from support.advice import next_steps, usable_cores
+from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
-from support.texts import Tally, find_files, held_out, open_hub, read, read_hub, split_tail, unreadable, valid
+from support.shards import Bin, hash_limit, list_records, read_record, verify, write_manifest
+from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
+                           read_hub, split_tail, unreadable, valid)
 
 C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
-BATCH = 1 << 22  # so many bytes of text are encoded at once
 GROUP = 1 << 26  # files share a .bin until they are so many bytes: it should be much longer than a context
 SMALL = 1 << 24  # so few bytes of text are for the byte tokenizer
-MUCH = 20_000_000  # so many tokens are enough for the base model
 
 
 @dataclass
@@ -228,8 +226,9 @@ def hub_sources(config):
             asked["revision"] = local_revision(config.hub) if local else within(60, lambda: hub_revision(config.hub))
             streams = open_hub(config.hub, config.config, asked["revision"])
         except Exception as error:  # no network, no such name, several configurations: each its own exception type
-            raise UserError(f"datasets cannot open {config.hub} ({type(error).__name__}: "
-                            f"{' '.join(str(error).split())[:300]}): check its name, --config and the network") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"datasets cannot open {config.hub} ({reason}): check its name, --config and the "
+                            "network") from None
         asked["shards"] = {split: stream.num_shards for split, stream in streams.items()}
     splits = asked["shards"]
     train = "train" if "train" in splits else next(iter(splits))
@@ -243,19 +242,6 @@ def hub_sources(config):
             part = ("hash" if kind == "both" else kind, f"hub://{split}/{i}", 0, 0)
             sources.append(Source(f"{kind}-{i:05d}", f"{asked['hub']} {split} {i}", (part,)))
     return sources, asked
-
-
-def hub_revision(name):
-    from huggingface_hub import HfApi  # comes with datasets
-    return HfApi().dataset_info(name).sha
-
-
-def local_revision(name):
-    """A hash of all files of a local dataset."""
-    root = Path(name)
-    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    names = [f"{path.relative_to(root)} {file_sha256(path)}" for path in paths]
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,10 +268,10 @@ def encode_source(index, source):
     fits = record and one_entry(record).get("source_sha256", sha256) == sha256
     if record and not fits and is_finished(CONFIG.folder):
         raise UserError(changed(CONFIG.folder, source))
-    bad = max((entry.get("bad", 0) for entry in record["files"].values()), default=0) if record else 0
-    if not fits or bad > CONFIG.max_bad or any(bin_problems(CONFIG.folder, record, whole=True)):
-        if room_for(source) != 0:
-            write_source(index, source, sha256, state)
+    bad = max(entry.get("bad", 0) for entry in record["files"].values()) if fits else 0
+    whole = fits and bad <= CONFIG.max_bad and not any(bin_problems(CONFIG.folder, record, whole=True))
+    if not whole and room_for(source) != 0:
+        write_source(index, source, sha256, state)
     PROGRESS[1 + 2 * index] = source.size
 
 
@@ -322,7 +308,7 @@ def write_source(index, source, sha256, state):
 
 def pieces(source, tally):
     """Yields (split, valid text, its UTF-8 bytes, is it the document's last piece, bytes of the source read so far)."""
-    limit, found = hash_limit(texts(source, tally))
+    limit, found = hash_limit(texts(source, tally), CONFIG.val_fraction)
     fresh = True
     for rule, text, utf8, last, position in found:
         if rule == "hash" and limit is None and fresh and last and len(text) > 1:
@@ -338,85 +324,18 @@ def pieces(source, tally):
         yield split, text, len(utf8), last, position
 
 
-def hash_limit(found):
-    """Documents whose CRC-32 is below this are validation: by content, so that the same text is never in both splits.
-
-    Of much text that is val_fraction of all values. Of little, chance may hold out far too much or nothing: then it is
-    the limit that comes nearest. None, the tail of each document, where no limit comes near: there may be only one.
-    Returns the limit, and what was found, some of which had to be read to tell."""
-    limit = int(CONFIG.val_fraction * 2**32)
-    sizes, read_ahead, total, fresh = collections.Counter(), [], 0, True
-    for item in found:
-        read_ahead.append(item)
-        rule, _, utf8, last, _ = item
-        total += len(utf8)
-        if rule != "hash" and not sizes or total > GROUP or total > SMALL and len(sizes) > 1000:
-            return limit, itertools.chain(read_ahead, found)
-        crc = zlib.crc32(utf8) if fresh else crc
-        if rule == "hash":
-            sizes[crc] += len(utf8)
-        fresh = last
-    wanted = CONFIG.val_fraction * sum(sizes.values())
-    if abs(sum(size for crc, size in sizes.items() if crc < limit) - wanted) < wanted / 4:
-        return limit, read_ahead
-    crcs = sorted(sizes)
-    held = dict(zip(crcs[1:], itertools.accumulate(sizes[crc] for crc in crcs)))  # limit: bytes below it
-    nearest = min(held, key=lambda crc: abs(held[crc] - wanted), default=0)
-    near = nearest and wanted / 2 <= held[nearest] <= 2 * wanted
-    return nearest if near else None, read_ahead
-
-
 def texts(source, tally):
     """Yields (rule, valid text, its UTF-8, is it the document's last piece, bytes of the source read so far)."""
     done = 0
     for rule, path, begin, end in source.parts:
         if path.startswith("hub://"):
-            found = read_hub(*open_shard(path), tally, CONFIG.text_field, room_for(source))
+            shard = open_shard(path, CONFIG.hub, CONFIG.config, OPTIONS)
+            found = read_hub(shard, source.name, tally, CONFIG.text_field, room_for(source))
         else:
             found = read(path, begin, end, tally, CONFIG.text_field)
         for text, utf8, last, position in valid(found, path, tally):
             yield rule, text, utf8, last, done + position - begin
         done += end - begin
-
-
-def open_shard(path):
-    split, number = path.removeprefix("hub://").split("/")
-    try:
-        stream = open_hub(CONFIG.hub, CONFIG.config, OPTIONS["revision"])[split]
-        return stream.shard(OPTIONS["shards"][split], int(number)), f"{OPTIONS['hub']} {split} {number}"
-    except Exception as error:  # a network has errors of many kinds
-        raise unreadable(CONFIG.hub, error) from None
-
-
-class Bin:
-    """A .bin that is being written, and what the manifest will say of it."""
-
-    def __init__(self, file, tokenizer):
-        self.file, self.tokenizer, self.sha256 = file, tokenizer, hashlib.sha256()
-        self.tokens = self.documents = self.bytes = self.encoded = 0
-        self.pieces = []
-
-    def write(self, text, size, last):
-        """Takes a piece of a document. 4 MB are encoded at once: alternating reading and encoding takes 15 % longer."""
-        self.pieces.append((text, last))
-        self.documents += last
-        self.bytes += size
-        if self.bytes - self.encoded >= BATCH:
-            self.flush()
-
-    def flush(self):
-        if self.pieces:
-            ids = self.tokenizer.encode_pieces(self.pieces)
-            self.file.write(ids.data)
-            self.sha256.update(ids.data)
-            self.tokens += len(ids)
-            self.encoded = self.bytes
-            self.pieces = []
-
-    def finish(self):
-        self.flush()
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
-                "sha256": self.sha256.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,8 +418,8 @@ def difference(folder, record, options, source):
         asked = asked | {"source": "among the files given now"}
     for key, value in asked.items():
         if made.get(key) != value:
-            return (f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset name, or delete "
-                    "that folder")
+            return (f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset name, or "
+                    "delete that folder")
     return changed(folder, source) if source and source.size != made["source_bytes"] else ""
 
 
@@ -523,8 +442,9 @@ def encode_all(config, options, sources):
     """encode_source for all sources in worker processes, with one progress bar over the bytes of all."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
     progress = spawn.RawArray("q", 1 + 2 * len(sources))  # a stop flag, then cells with one writer each: no lock
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 1 if config.max_documents else min(len(sources), config.processes or cores)  # each shard leaves room
+    workers = min(len(sources), config.processes or usable_cores())
+    if config.max_documents:  # each shard takes what those before it left
+        workers = 1
     bar = tqdm(total=sum(source.size for source in sources) or None, desc=config.dataset, unit="B", unit_scale=True,
                delay=1, mininterval=0.5 if sys.stderr.isatty() else 30)
     with bar, futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
@@ -573,68 +493,7 @@ def say_what_was_made(config, manifest, sources):
             print(f"  {count:,} {meaning}")
     for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
         print(f"  {printable(example)}")
-    print(next_steps(config, manifest, train, val))
-
-
-def next_steps(config, manifest, train, val):
-    """The command that trains a model that fits the text and the machine, and how long it takes."""
-    names = [f"--dataset={config.dataset}"]
-    if config.data_dir != "data":
-        names.append(f"--data_dir={config.folder.parent}")
-    if config.dataset not in ("c4", "stdlib"):  # one folder, one run
-        names.append(f"--out_dir=out/{config.dataset}")
-    vocab_size = manifest["vocab_size"]
-    tiny = Preset("tiny", 1.79e6 + 192 * vocab_size, 4096, 700)
-    base = Preset("base", 18.88e6 + 512 * vocab_size, 65536, 20000)
-    gpu = shutil.which("nvidia-smi") is not None
-    if train >= MUCH and gpu:
-        return f"next: {base.command(train, val, names)}"
-    here = f"next: {tiny.command(train, val, names)}    (about {duration(tiny.seconds(train))} on this machine's CPU)"
-    if train < MUCH:
-        return here
-    return f"{here}\nor, on a GPU: {base.command(train, val, names)}"
-
-
-@dataclass
-class Preset:
-    """A file of config/: its parameters, its tokens in a step, and its steps. A text is read 10 times at most."""
-    name: str
-    parameters: float
-    tokens: int
-    steps: int
-
-    def steps_for(self, train):
-        return min(self.steps, max(100, round(10 * train / self.tokens, -2)))
-
-    def command(self, train, val, names):
-        words = ["python", "train.py", f"config/{self.name}.py", *names]
-        if (steps := self.steps_for(train)) < self.steps:
-            words.append(f"--max_steps={steps}")
-        if min(train, val) <= 256 and self.name == "tiny":  # its seq_len
-            words.append(f"--seq_len={max(1, min(train, val) // 2)}")
-        return shlex.join(words)
-
-    def seconds(self, train):
-        """A step is 6 operations for a parameter and token, at about the speed of a matrix product here."""
-        return 6 * self.parameters * self.tokens * self.steps_for(train) / product_speed()
-
-
-def product_speed(size=768):
-    """Operations per second of a product of fp32 matrices, measured."""
-    a = np.ones((size, size), np.float32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
-def duration(seconds):
-    for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds / 60):.0f} min"
+    print(next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val))
 
 
 def main(argv=None):

@@ -2,7 +2,6 @@
 
 prepare.py writes what is read here. torch is imported where a batch is made, so that prepare.py's workers do without.
 """
-import contextlib
 import hashlib
 import json
 import math
@@ -264,60 +263,6 @@ def remake(folder, problem=""):
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
     flags += "" if str(folder.parent) == "data" else " " + shlex.quote(f"--data_dir={folder.parent}")
     return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
-
-
-def made_files(folder, ending):
-    """The files of sources, by name; whatever else lies in the folder is the user's."""
-    name = re.compile(rf"(train|val|both)-\d{{5,}}\.{ending}")
-    return sorted(path for path in folder.glob("*-*") if name.fullmatch(path.name))
-
-
-def list_records(folder):
-    return made_files(folder, "json")
-
-
-def read_record(path):
-    """The record of a committed source; None where it is missing or damaged, so that the source is done again."""
-    with contextlib.suppress(UserError):
-        return read_sealed(path)
-
-
-def write_manifest(folder):
-    """Joins the records of the folder: what they have in common, and all their files."""
-    records = [read_sealed(path) for path in list_records(folder)]
-    files = {name: entry for record in records for name, entry in record["files"].items()}
-    manifest = records[0] | {"files": dict(sorted(files.items()))}
-    check_not_empty(folder, manifest)
-    path = folder / "manifest.json"
-    if not path.is_file() or path.read_bytes() != seal(manifest):  # the disk may be full, or read-only
-        write_sealed(path, manifest)
-    return manifest
-
-
-def verify(folder):
-    """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
-    found, listed = [], set()
-    records = {path: read_sealed(path) for path in list_records(folder)}
-    if not records:
-        raise UserError(f"there is no dataset in {folder}: {remake(folder)}")
-    first = next(iter(records.values()))
-    for path, record in records.items():
-        found += [f"{path} has {key} {record[key]}, others {first.get(key)}"
-                  for key in record if key != "files" and record[key] != first.get(key)]
-        found += bin_problems(folder, record, whole=True)
-        listed |= record["files"].keys()
-    expected = {path.name for path in made_files(folder, "bin")}
-    if (folder / "manifest.json").exists():
-        expected |= read_sealed(folder / "manifest.json")["files"].keys()
-    found += [f"{folder / name} has no record" for name in sorted(expected - listed)]
-    if found:
-        raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder, found[0])}")
-    shards = {int(path.stem[6:]) for path in records if path.match("train-*")}
-    if first["origin"] == "built in" and shards:
-        if absent := sorted({*range(min(shards), max(shards))} - shards):  # lost in copying, or not made yet
-            print(f"{folder}: {len(absent)} train shards are missing between the first and the last, "
-                  f"as {absent[0]:05d}")
-    return write_manifest(folder)
 
 
 def read_manifest(folder):

@@ -1,4 +1,4 @@
-"""The texts in files: which files a pattern means, and the documents in a .txt, .jsonl, .parquet, or what datasets reads.
+"""The texts in files: which files a pattern means, and the documents in .txt, .jsonl, .parquet and what datasets reads.
 
 A reader yields (text, is it the document's last piece, bytes of the file read so far). A record that cannot be read is
 counted and named, never passed over in silence; a file that breaks off may lack most of its text: an error.
@@ -7,6 +7,7 @@ import codecs
 import collections
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from configurator import UserError
 from support.dataset import clean
-from support.files import encoding_of, has_many_nuls, not_text
+from support.files import encoding_of, file_sha256, has_many_nuls, not_text
 
 PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
 HEAD = 1 << 16  # so many bytes tell what a file is
@@ -84,8 +85,8 @@ def is_wildcard(path):
 
 
 def expand(folder, parts):
-    """The paths below a folder that match the parts of a pattern, as glob.glob(recursive=True) finds them, but ** enters
-    each folder once: a link that leads back up would otherwise give the same text again and again."""
+    """The paths below a folder that match the parts of a pattern, as glob.glob(recursive=True) finds them, but **
+    enters each folder once: a link that leads back up would otherwise give the same text again and again."""
     if not parts:
         yield folder
         return
@@ -283,7 +284,7 @@ def bad_gzip(path, number, stream, error):
 
 
 def json_records(path, stream):
-    """The records of a stream and what parses one: its lines, which end in LF, CR LF or CR, or the items of an array."""
+    """The records of a stream and what parses one: lines, which end in LF, CR LF or CR, or the items of an array."""
     head = stream.read(HEAD)
     stream.seek(0)
     encoding, mark = encoding_of(head)
@@ -380,10 +381,41 @@ def open_hub(name, config, revision):
     return datasets.load_dataset(given, config or None, streaming=True, **options)
 
 
+def open_shard(path, name, config, made):
+    """The stream of hub://SPLIT/NUMBER, of the revision and the number of shards that the records keep."""
+    split, number = path.removeprefix("hub://").split("/")
+    try:
+        return open_hub(name, config, made["revision"])[split].shard(made["shards"][split], int(number))
+    except Exception as error:  # a network has errors of many kinds
+        raise unreadable(name, error) from None
+
+
 def read_hub(stream, name, tally, field, most):
-    """The documents of a stream of datasets, at most so many (0: all)."""
-    for number, record in enumerate(itertools.islice(stream, most or None), 1):
+    """The documents of a stream of datasets, at most so many (None: all)."""
+    records = enumerate(itertools.islice(stream, most), 1)
+    while True:
         try:
-            yield text_of(record, field), True, 0
+            number, record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # a network, or a damaged file, has errors of many kinds
+            raise unreadable(name, error) from None
+        try:
+            text = text_of(record, field)
         except ValueError as error:
             tally.bad(name, number, error)
+        else:
+            yield text, True, 0
+
+
+def hub_revision(name):
+    from huggingface_hub import HfApi  # comes with datasets
+    return HfApi().dataset_info(name).sha
+
+
+def local_revision(name):
+    """A hash of all files of a local dataset."""
+    root = Path(name)
+    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    names = [f"{path.relative_to(root)} {file_sha256(path)}" for path in paths]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 
 import prepare
 from configurator import UserError
-from support import texts
+from support import dataset, texts
 from support.dataset import bin_problems, clean, open_split, read_manifest, read_sealed
 
 PROGRAM = Path(prepare.__file__)
@@ -779,6 +779,59 @@ def test_a_tokenizer_json_that_is_none_is_one_line(tmp_path, data):
     (tmp_path / "a.txt").write_text("text")
     assert "t.json" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=t.json")
     assert "unknown tokenizer 'gpt3'" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=gpt3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said at the end.
+
+@pytest.mark.parametrize("gpu, vocab_size, train, words", [
+    (False, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),  # a novel
+    (False, 257, 100_000, "tiny.py --dataset=d --out_dir=out/d --max_steps=200    (about "),
+    (True, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),
+    (True, 50257, 170_000_000, "base.py --dataset=d --out_dir=out/d"),
+    (True, 50257, 30_000_000, "base.py --dataset=d --out_dir=out/d --max_steps=4600"),
+    (False, 50257, 170_000_000, "on this machine's CPU)\nor, on a GPU: python train.py config/base.py --dataset=d --out_dir=out/d")])
+def test_the_next_command_fits_the_text_and_the_machine(monkeypatch, gpu, vocab_size, train, words):
+    from support import advice
+    monkeypatch.setattr(advice.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if gpu else None)
+    assert words in advice.next_steps("d", "data", vocab_size, train, train // 20)
+
+
+def test_the_estimate_says_minutes_hours_or_days(monkeypatch):
+    from support import advice
+    for speed, words in ((1e12, "about 1 min"), (1e11, "about 5 min"), (1e9, "about 9 hours"), (1e8, "about 4 days")):
+        monkeypatch.setattr(advice, "machine_speed", lambda: speed)
+        assert words in advice.next_steps("d", "data", 257, 10_000_000, 500_000)
+
+
+def test_a_text_shorter_than_the_presets_context_gets_a_command_that_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("a short text " * 30)
+    out = run(tmp_path, "--dataset=d", "--data_files=a.txt", "--val_fraction=0.1")
+    seq_len = int(re.search("--seq_len=([0-9]+)", out)[1])
+    manifest = read_manifest(tmp_path / "data/d")
+    for split in ("train", "val"):
+        assert dataset.Windows(open_split(tmp_path / "data/d", manifest, split), seq_len, 0).total
+
+
+def test_small_texts_get_byte_tokens_and_what_is_there_keeps_its_own(tmp_path, gpt2):
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    for tokenizer, flags in (("bytes", []), ("gpt2", ["--tokenizer=gpt2"])):
+        run(tmp_path, f"--dataset={tokenizer}", "--data_files=a.txt", "--tokenizer=auto", *flags)
+        run(tmp_path, f"--dataset={tokenizer}", "--data_files=a.txt", "--tokenizer=auto")
+        assert read_manifest(tmp_path / "data" / tokenizer)["tokenizer"] == tokenizer
+
+
+def test_the_bar_ends_with_the_bytes_and_tokens_of_all(tmp_path, monkeypatch):
+    class Bar(prepare.tqdm):
+        def set_postfix_str(self, text, refresh=True):
+            said.append((self, text))
+    said = []
+    write_jsonl(tmp_path / "a.jsonl", ["text " * 1000] * 400)
+    monkeypatch.setattr(prepare, "tqdm", Bar)
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["--dataset=d", "--data_files=a.jsonl", "--tokenizer=bytes"])
+    bar, text = said[-1]
+    assert bar.n == bar.total == (tmp_path / "a.jsonl").stat().st_size and text.startswith("2.0M tokens, ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
