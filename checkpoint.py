@@ -21,7 +21,7 @@ from pathlib import Path
 
 from configurator import Failed, UserError
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
-from support.files import replacing
+from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
 from support.optim import load_named_state, named_state, parameter_groups
 from support.report import Log
@@ -85,7 +85,9 @@ def keep(latest, step, count):
 def clear(out_dir, fresh):
     """Removes from out_dir what a killed run left half-written, and where fresh the run itself."""
     ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
-    stale = [path for name in ours for path in out_dir.glob(name + ".tmp")]
+    stale = []
+    for name in ours:
+        stale += [*leftovers(out_dir, name), *out_dir.glob(name + ".tmp")]        # the second: of earlier versions
     if fresh:
         stale += [out_dir / "ckpt.pt", out_dir / "best.pt", out_dir / "loss.png", *out_dir.glob(KEPT)]
     try:

@@ -3,25 +3,22 @@
     python prepare.py                                                  the first shard of C4, and its validation set
     python prepare.py --shards=128:256                                 this machine's share of it
     python prepare.py --dataset=stdlib                                 Python's own source: needs no network
-    python prepare.py --dataset=mine --data_files='texts/*.jsonl.gz'   .txt .jsonl .jsonl.gz .json.gz .parquet
+    python prepare.py --dataset=mine --data_files='texts/*.jsonl.gz'   .txt .jsonl .json .gz of these, .parquet
+    python prepare.py --dataset=stories --hub=roneneldan/TinyStories   any text dataset of the Hugging Face hub
     python prepare.py --dataset=c4 --verify                            checks every byte, joins what was copied together
 
-A .bin is the little-endian ids of its documents, each followed by end-of-text. Every source file becomes .bin files of
-its own, in a process of its own, committed in three steps: temporary name, fsync, rename; then its record, a small
-.json, in the same way; when all are there, manifest.json, the join of the records. So a kill at any moment loses the
-sources under way and no others, the same command finishes to the same bytes, and machines that share the work need no
-coordination: copy their folders together and --verify. (One manifest that grows with every shard would need a lock.)
-Records and manifest end with a checksum of themselves; training checks that and sizes, --verify all the bytes.
+A .bin is the little-endian ids of its documents, each followed by end-of-text. Every source, which is a large file, a
+group of small ones or a shard of the hub, becomes .bin files of its own, in a process of its own, committed in three
+steps: temporary name, fsync, rename; then its record, a small .json, in the same way; when all are there,
+manifest.json, the join of the records. So a kill at any moment loses the sources under way and no others, the same
+command finishes to the same bytes, and machines that share the work need no coordination: copy their folders together
+and --verify. (One manifest that grows with every shard would need a lock.) Records and manifest end with a checksum of
+themselves; training checks that and sizes, --verify all the bytes.
 """
-import codecs
-import collections
 import concurrent.futures as futures
 import contextlib
-import glob
-import gzip
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import platform
@@ -35,36 +32,40 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, help_first, printable
 
 help_first(__name__, __file__)
 
-from support.dataset import (NoDocuments, bin_problems, check_not_empty, clean, load_tokenizer, read_sealed, remake,
-                             seal, within, write_sealed)
-from support.files import file_sha256, locked, replacing
+from support.advice import next_steps, usable_cores
+from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
+from support.files import file_sha256, leftovers, locked, replacing
+from support.shards import Bin, hash_limit, list_records, read_record, verify, write_manifest
+from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
+                           read_hub, split_tail, unreadable, valid)
 
 C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
-PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
-BATCH = 1 << 22  # so many bytes of text are encoded at once
-TXT_GROUP = 1 << 26  # .txt files share a .bin until they are so many bytes
-EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+GROUP = 1 << 26  # files share a .bin until they are so many bytes: it should be much longer than a context
+SMALL = 1 << 24  # so few bytes of text are for the byte tokenizer
 
 
 @dataclass
 class PrepareConfig:
-    dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or a name of yours for data_files
-    data_files: str = ""  # local files instead: a glob, or several separated by spaces or commas
-    tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: bytes for stdlib, gpt2 otherwise
+    dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or a name of yours for data_files or hub
+    data_files: str = ""  # local files: a glob, or several separated by spaces or commas
+    hub: str = ""  # a dataset of the Hugging Face hub, OWNER/NAME; or a local folder or file that `datasets` reads
+    config: str = ""  # the configuration of the hub's dataset, where it has several
+    text_field: str = "text"  # the field or column of a record that holds its text
+    max_documents: int = 0  # with hub: take so many documents of each split; 0: all
+    tokenizer: str = "auto"  # gpt2, bytes, or the path of a tokenizer.json; auto: bytes for stdlib and small texts
     shards: str = "1"  # train shards of the downloaded C4, of 1024: N is the first N, a:b is a to b-1
-    val_fraction: float = 0.05  # share of the text held out where no file has "val" or "validation" in its name
+    val_fraction: float = 0.05  # share of the text held out where no file or folder is named val or validation
     data_dir: str = "data"  # the dataset goes to data_dir/dataset
     processes: int = 0  # worker processes; 0: one per core
-    max_bad: int = 10  # unreadable records to skip and report, per source file, before giving up; 0: none
+    max_bad: int = 10  # unreadable records to skip and report, per source, before giving up; 0: none
     verify: bool = False  # check all files of the dataset, write the manifest that joins them, and stop
 
     def __post_init__(self):
@@ -72,10 +73,16 @@ class PrepareConfig:
             raise UserError(f"--dataset must be a plain name of letters, digits, - and _, got {self.dataset!r}")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        if self.processes < 0 or self.max_bad < 0:
-            raise UserError("--processes and --max_bad must not be negative")
+        if min(self.processes, self.max_bad, self.max_documents) < 0:
+            raise UserError("--processes, --max_bad and --max_documents must not be negative")
         if not self.shard_range():
             raise UserError(f"--shards must be N or a:b within 0:{C4_TRAIN}, got {self.shards!r}")
+        if (self.config or self.max_documents) and not self.hub:
+            raise UserError("--config and --max_documents belong to --hub=OWNER/NAME")
+        if self.hub and self.data_files:
+            raise UserError("give --hub or --data_files, not both")
+        if (self.hub or self.data_files) and self.dataset == "stdlib" or self.hub and self.dataset == "c4":
+            raise UserError(f"{self.dataset} is built in: choose another --dataset name for this text")
 
     def shard_range(self):
         match = re.fullmatch(r"(?:([0-9]{1,9}):)?([0-9]{1,9})", self.shards)
@@ -84,7 +91,7 @@ class PrepareConfig:
 
     @property
     def folder(self):
-        return Path(self.data_dir, self.dataset)
+        return Path(self.data_dir).expanduser() / self.dataset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,14 +111,28 @@ class Source:
     def record(self):
         return f"{self.stem}.json"
 
+    @property
+    def paths(self):
+        """The local files."""
+        return [*dict.fromkeys(path for _, path, _, _ in self.parts if "://" not in path)]
+
     def sha256(self):
-        """Of a local file; of the hashes of several; None of one on the hub, where C4 does not change."""
-        paths = dict.fromkeys(path for _, path, _, _ in self.parts if not path.startswith("hf://"))
+        """Of a local file; of the hashes of several; None of what is on the hub, at a revision that does not change."""
         try:
-            sums = [file_sha256(path) for path in paths]
+            sums = [file_sha256(path) for path in self.paths]
         except OSError as error:
             raise unreadable(error.filename or self.name, error) from None
-        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest() if sums else None
+        if len(sums) > 1:
+            return hashlib.sha256("".join(sums).encode()).hexdigest()
+        return sums[0] if sums else None
+
+    def state(self):
+        """What shows that a file has been written to, even where it has the size it had."""
+        try:
+            stats = [os.stat(path) for path in self.paths]
+        except OSError as error:
+            raise unreadable(error.filename or self.name, error) from None
+        return [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
 
     def bins(self):
         kind, number = self.stem.split("-")
@@ -119,64 +140,45 @@ class Source:
 
 
 def list_sources(config):
+    """The sources, and what their records say of where they are from."""
     if config.data_files:
-        if config.dataset == "stdlib":
-            raise UserError("stdlib takes no --data_files: choose another --dataset name for them")
-        return local_sources(find_files(config.data_files), config.val_fraction)
-    builtin = {"c4": hub_sources, "stdlib": stdlib_sources}
+        return local_sources(*find_files(config.data_files), config.val_fraction), {"origin": "local files"}
+    if config.hub:
+        return hub_sources(config)
+    builtin = {"c4": c4_sources, "stdlib": stdlib_sources}
     if config.dataset not in builtin:
-        raise UserError(f"{config.dataset!r} is not c4 or stdlib, which are built in: name its files, --data_files=...")
-    return builtin[config.dataset](config)
+        raise UserError(f"{config.dataset!r} is not c4 or stdlib, which are built in: name its files, "
+                        "--data_files=..., or its dataset on the hub, --hub=OWNER/NAME")
+    return builtin[config.dataset](config), {"origin": "built in"}
 
 
-def find_files(patterns):
-    """The sorted files that the globs match; the whole text is tried as one first, since names may have spaces."""
-    found = set()
-    for pattern in [patterns] if glob.glob(patterns, recursive=True) else re.split(r"[\s,]+", patterns.strip(" ,")):
-        matches = {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)}
-        if not matches and os.path.isdir(os.path.expanduser(pattern)):
-            raise UserError(f"--data_files: {pattern} is a folder: name its files, '{os.path.join(pattern, '*.txt')}'")
-        if not matches:
-            raise UserError(f"--data_files: no file matches {pattern!r}")
-        found |= matches
-    for path in sorted(found):
-        if not path.endswith(EXTENSIONS):
-            raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}")
-    return sorted(found)
-
-
-def local_sources(paths, val_fraction):
-    """Files with "val" or "validation" as a word of their name are the validation split; else a share of all text is:
-    whole documents where there are many, the tail of each file where there are few, as a few .txt files are."""
-    held_out = {path for path in paths if re.search(r"(?<![a-z])val(id(ation)?)?(?![a-z])", os.path.basename(path))}
-    if len(held_out) == len(paths):
+def local_sources(paths, base, val_fraction):
+    """Files whose names, or folders below base, say validation are the validation split; else a share of all text is:
+    whole documents where there are many, the tail of each .txt where there are few."""
+    validation = {path for path in paths if held_out(path, base)}
+    if len(validation) == len(paths):
         raise UserError(f"--data_files: the names of all {len(paths)} files say validation, none is left to train on")
-    few = all(path.endswith(".txt") for path in paths) and len(paths) * val_fraction < 5
-    # every .txt file is one document, maybe a short one; a .bin should be longer than a context
+    documents = [path for path in paths if path.lower().endswith(".txt")]
+    tails = {*documents} if not validation and len(documents) * val_fraction < 5 else set()
+    paths = sorted(paths, key=lambda path: path in validation)
     ends = itertools.accumulate(map(os.path.getsize, paths))
-    group = {path: (path in held_out, end // TXT_GROUP) if path.endswith(".txt") else path
-             for path, end in zip(paths, ends)}
+    groups = {path: (path in validation, end // GROUP) for path, end in zip(paths, ends)}
     sources = []
-    for number, (_, members) in enumerate(itertools.groupby(paths, group.get)):
+    for number, (_, members) in enumerate(itertools.groupby(paths, groups.get)):
         members = list(members)
-        kind = ("val" if members[0] in held_out else "train") if held_out else "both"
-        name = os.path.basename(members[0]) + f" and {len(members) - 1} more" * (len(members) > 1)
-        if kind == "both" and few:
-            parts = [part for path in members for part in split_tail(path, val_fraction)]
-        else:
-            parts = [("hash" if kind == "both" else kind, path, 0, os.path.getsize(path)) for path in members]
+        kind = "both"
+        if validation:
+            kind = "val" if members[0] in validation else "train"
+        parts = []
+        for path in members:
+            if path in tails:
+                parts += split_tail(path, val_fraction)
+            else:
+                parts.append(("hash" if kind == "both" else kind, path, 0, os.path.getsize(path)))
+        name = Path(os.path.relpath(members[0], base)).as_posix()
+        name += f" and {len(members) - 1} more" * (len(members) > 1)
         sources.append(Source(f"{kind}-{number:05d}", name, tuple(parts)))
     return sources
-
-
-def split_tail(path, val_fraction):
-    """The two parts of a file, cut between two characters."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        cut = file.seek(int(size * (1 - val_fraction)))
-        ahead = file.read(3)
-    cut += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))  # the bytes that continue a UTF-8 character
-    return ("train", path, 0, cut), ("val", path, cut, size)
 
 
 def stdlib_sources(config):
@@ -191,7 +193,7 @@ def stdlib_sources(config):
                    tuple(("hash", str(path), 0, path.stat().st_size) for path in paths))]
 
 
-def hub_sources(config):
+def c4_sources(config):
     """The wanted shards of C4. The hub is asked for sizes only if one is not committed yet."""
     wanted = {f"train-{i:05d}": f"en/c4-train.{i:05d}-of-{C4_TRAIN:05d}.json.gz" for i in config.shard_range()}
     wanted |= {f"val-{i:05d}": f"en/c4-validation.{i:05d}-of-{C4_VAL:05d}.json.gz" for i in range(C4_VAL)}
@@ -210,121 +212,36 @@ def hub_sources(config):
             for stem, path in wanted.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers: each yields (text, is it the document's last piece, bytes of the file read so far). A record that cannot be
-# read is counted and named, never passed over in silence; a file that breaks off may lack most of its text: an error.
-
-class Tally:
-    """What was skipped or repaired in one source, as its manifest entry tells it."""
-
-    def __init__(self, max_bad):
-        self.max_bad, self.counts, self.examples = max_bad, collections.Counter(), []
-
-    def bad(self, path, number, why):
-        self.counts["bad"] += 1
-        self.examples = (self.examples + [f"{os.path.basename(path)}:{number}: {why}"])[:10]
-        if self.counts["bad"] > self.max_bad:
-            raise UserError(f"{os.path.basename(path)}:{number}: {why}; mend the file, or skip such records with a "
-                            f"larger --max_bad (now {self.max_bad})")
-
-    def summary(self):
-        return dict(+self.counts) | ({"examples": self.examples} if self.examples else {})
-
-
-def read(path, begin, end, tally):
-    try:
-        if path.endswith((".txt", ".py")):
-            yield from read_plain(path, begin, end)
-        elif path.endswith(".parquet"):
-            yield from read_parquet(path, tally)
-        else:
-            yield from read_json_lines(path, tally)
-    except UserError:
-        raise
-    except Exception as error:
-        if not (isinstance(error, OSError) or path.startswith("hf://") or path.endswith(".parquet")):
-            raise  # our own mistake; a network or a damaged .parquet, though, has errors of many kinds
-        raise unreadable(path, error) from None
-
-
-def unreadable(path, error):
-    return UserError(f"{path} cannot be read ({type(error).__name__}: {error}); once it can, the same command "
-                     "continues where this one stopped")
-
-
-def read_json_lines(path, tally):
-    number = 0
-    with open_bytes(path) as raw:
+def hub_sources(config):
+    """The shards of a dataset that `datasets` reads. The records keep the revision and the number of shards, so that
+    what is added on the hub does not change a dataset that is under way, and a finished one needs no network."""
+    local = os.path.exists(config.hub)
+    asked = {"origin": "hub", "hub": os.path.basename(os.path.abspath(config.hub)) if local else config.hub,
+             "config": config.config, "text_field": config.text_field, "max_documents": config.max_documents}
+    made = first_record(config.folder)
+    if made and not local and all(made.get(key) == value for key, value in asked.items()):
+        asked |= {"revision": made["revision"], "shards": made["shards"]}
+    else:
         try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw, 1):
-                if line.isspace():
-                    continue
-                try:
-                    text = parse_record(line)
-                except ValueError as error:
-                    tally.bad(path, number, error)
-                else:
-                    yield text, True, raw.tell()
-            if path.endswith(".gz") and not raw.tell():
-                raise EOFError  # to gzip, no bytes at all are a whole file
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch "
-                            "the file again, or give what `gzip -dc` still reads of it") from None
-
-
-def open_bytes(path):
-    if not path.startswith("hf://"):
-        return open(path, "rb")
-    # What load_dataset(streaming=True) opens, with its retries; as bytes, so that bad lines can be counted one by one.
-    from datasets.utils.file_utils import xopen
-    return xopen(path, "rb")
-
-
-def parse_record(line):
-    """The text of one JSON line: b'{"text": "Hi"}' -> "Hi"; ValueError with the reason if it has none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError("no field text")
-    if not isinstance(record["text"], str):
-        raise ValueError("text is not a string")
-    return record["text"]
-
-
-def read_parquet(path, tally):
-    import pyarrow.parquet  # comes with datasets
-    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column text")
-        row, rows, size = 0, table.metadata.num_rows, os.path.getsize(path)
-        for batch in table.iter_batches(1024, columns=["text"]):
-            column = batch.column("text").cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
-            for row, text in enumerate(column.to_pylist(), row + 1):
-                if text is None:
-                    tally.bad(path, row, "text is null")
-                else:
-                    yield text.decode("utf-8", "surrogateescape"), True, size * row // rows
-        if row < rows:  # pyarrow passes over some damage in silence
-            raise UserError(f"{path}:{row + 1}: the file is damaged and the rest lost: fetch it again")
-
-
-def read_plain(path, begin, end, size=PIECE):
-    """Bytes begin..end of a file in pieces of about `size` bytes whose tokens, joined, are those of the whole.
-
-    A cut between a non-space and a space or newline changes no token: GPT-2's pattern begins a new word there,
-    whatever follows. A piece grows until it has such a place; memory is that of a piece, whatever the file."""
-    decoder, text = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape"), ""
-    with open(path, "rb") as raw:
-        raw.seek(begin)
-        while chunk := raw.read(min(size, end - raw.tell())):
-            text += decoder.decode(chunk)
-            cut = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, max(0, len(text) - len(chunk) - 1))
-            if cut and raw.tell() < end:
-                yield text[:cut.end()], False, raw.tell()
-                text = text[cut.end():]
-        yield text + decoder.decode(b"", True), True, raw.tell()
+            asked["revision"] = local_revision(config.hub) if local else within(60, lambda: hub_revision(config.hub))
+            streams = open_hub(config.hub, config.config, asked["revision"])
+        except Exception as error:  # no network, no such name, several configurations: each its own exception type
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise UserError(f"datasets cannot open {config.hub} ({reason}): check its name, --config and the "
+                            "network") from None
+        asked["shards"] = {split: stream.num_shards for split, stream in streams.items()}
+    splits = asked["shards"]
+    train = "train" if "train" in splits else next(iter(splits))
+    validation = next((split for split in splits if split != train and held_out(split, ".")), None)
+    if train != "train" and len(splits) > 1:
+        raise UserError(f"{config.hub} has no split train, only {', '.join(splits)}")
+    kinds = {"train": train, "val": validation} if validation else {"both": train}
+    sources = []
+    for kind, split in kinds.items():
+        for i in range(splits[split]):
+            part = ("hash" if kind == "both" else kind, f"hub://{split}/{i}", 0, 0)
+            sources.append(Source(f"{kind}-{i:05d}", f"{asked['hub']} {split} {i}", (part,)))
+    return sources, asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +250,7 @@ def read_plain(path, begin, end, size=PIECE):
 def start_worker(config, options, progress):
     global CONFIG, OPTIONS, TOKENIZER, PROGRESS
     CONFIG, OPTIONS, TOKENIZER, PROGRESS = config, options, load_tokenizer(options["tokenizer"]), progress
+    tqdm.set_lock(threading.RLock())  # datasets' bars would make one of all processes, which a killed worker leaks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -344,16 +262,31 @@ def end_with_parent():
 
 def encode_source(index, source):
     """Makes sure that a source is committed. Tells PROGRESS[1 + 2 * index] the bytes read, the next cell the tokens."""
-    record, sha256 = read_record(CONFIG.folder / source.record), source.sha256()
-    if record and one_entry(record).get("source_sha256", sha256) != sha256:  # a worker's task: it takes long
+    record = read_record(CONFIG.folder / source.record)
+    state = source.state()
+    sha256 = source.sha256()  # a worker's task: it takes long
+    fits = record and one_entry(record).get("source_sha256", sha256) == sha256
+    if record and not fits and is_finished(CONFIG.folder):
         raise UserError(changed(CONFIG.folder, source))
-    bad = record and max(entry.get("bad", 0) for entry in record["files"].values())
-    if not record or bad > CONFIG.max_bad or any(bin_problems(CONFIG.folder, record, whole=True)):
-        write_source(index, source, sha256)
+    bad = max(entry.get("bad", 0) for entry in record["files"].values()) if fits else 0
+    whole = fits and bad <= CONFIG.max_bad and not any(bin_problems(CONFIG.folder, record, whole=True))
+    if not whole and room_for(source) != 0:
+        write_source(index, source, sha256, state)
     PROGRESS[1 + 2 * index] = source.size
 
 
-def write_source(index, source, sha256):
+def room_for(source):
+    """How many documents of --max_documents the shards of the same split before this one leave; None: any number."""
+    if not CONFIG.max_documents:
+        return None
+    kind, number = source.stem.split("-")
+    records = [read_record(CONFIG.folder / f"{kind}-{i:05d}.json") for i in range(int(number))]
+    entries = [entry for record in records if record for entry in record["files"].values()]
+    taken = sum(entry[key] for entry in entries for key in ("documents", "bad", "empty") if key in entry)
+    return max(0, CONFIG.max_documents - taken)
+
+
+def write_source(index, source, sha256, state):
     tally = Tally(CONFIG.max_bad)
     with contextlib.ExitStack() as files:
         names = {split: files.enter_context(replacing(CONFIG.folder / name)) for split, name in source.bins().items()}
@@ -366,115 +299,128 @@ def write_source(index, source, sha256):
                 raise UserError("stopped")  # another source failed; its error is the one that is shown
         made_of = {"source": source.name, "source_bytes": source.size} | ({"source_sha256": sha256} if sha256 else {})
         entries = {name: {"split": split, **bins[split].finish(), **made_of} for split, name in source.bins().items()}
+        PROGRESS[2 + 2 * index] = sum(bin.tokens for bin in bins.values())
+        if source.state() != state:
+            raise UserError(f"{source.name} was changed while it was being read: run the same command again")
     next(iter(entries.values())).update(tally.summary())
     write_sealed(CONFIG.folder / source.record, {"version": 1, **OPTIONS, "files": entries})
 
 
 def pieces(source, tally):
     """Yields (split, valid text, its UTF-8 bytes, is it the document's last piece, bytes of the source read so far)."""
-    done, fresh = 0, True
+    limit, found = hash_limit(texts(source, tally), CONFIG.val_fraction)
+    fresh = True
+    for rule, text, utf8, last, position in found:
+        if rule == "hash" and limit is None and fresh and last and len(text) > 1:
+            cut = max(1, int(len(text) * (1 - CONFIG.val_fraction)))
+            for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                yield split, part, len(part.encode()), True, position
+            continue
+        if fresh and rule == "hash":
+            split = "val" if limit and zlib.crc32(utf8) < limit else "train"
+        elif fresh:
+            split = rule
+        fresh = last
+        yield split, text, len(utf8), last, position
+
+
+def texts(source, tally):
+    """Yields (rule, valid text, its UTF-8, is it the document's last piece, bytes of the source read so far)."""
+    done = 0
     for rule, path, begin, end in source.parts:
-        for text, last, position in read(path, begin, end, tally):
-            if not text:
-                tally.counts["empty"] += 1
-                continue
-            valid, utf8 = clean(text)
-            tally.counts["repaired"] += valid is not text
-            if fresh:  # by content, so that the same text is never in both splits
-                split = rule if rule != "hash" else "val" if zlib.crc32(utf8) < CONFIG.val_fraction * 2**32 else "train"
-            fresh = last
-            yield split, valid, len(utf8), last, done + position - begin
+        if path.startswith("hub://"):
+            shard = open_shard(path, CONFIG.hub, CONFIG.config, OPTIONS)
+            found = read_hub(shard, source.name, tally, CONFIG.text_field, room_for(source))
+        else:
+            found = read(path, begin, end, tally, CONFIG.text_field)
+        for text, utf8, last, position in valid(found, path, tally):
+            yield rule, text, utf8, last, done + position - begin
         done += end - begin
-
-
-class Bin:
-    """A .bin that is being written, and what the manifest will say of it."""
-
-    def __init__(self, file, tokenizer):
-        self.file, self.tokenizer, self.sha256 = file, tokenizer, hashlib.sha256()
-        self.tokens = self.documents = self.bytes = self.encoded = 0
-        self.pieces = []
-
-    def write(self, text, size, last):
-        """Takes a piece of a document. 4 MB are encoded at once: to read and encode by turns takes 15 % longer."""
-        self.pieces.append((text, last))
-        self.documents, self.bytes = self.documents + last, self.bytes + size
-        if self.bytes - self.encoded >= BATCH:
-            self.flush()
-
-    def flush(self):
-        if self.pieces:
-            ids = self.tokenizer.encode_pieces(self.pieces)
-            self.file.write(ids.data)
-            self.sha256.update(ids.data)
-            self.tokens, self.encoded, self.pieces = self.tokens + len(ids), self.bytes, []
-
-    def finish(self):
-        self.flush()
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
-                "sha256": self.sha256.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
 
 def prepare(config):
-    """Makes the dataset, or what is still missing of it; returns its manifest."""
-    tokenizer = ("bytes" if config.dataset == "stdlib" else "gpt2") if config.tokenizer == "auto" else config.tokenizer
-    sources, tokenizer = list_sources(config), load_tokenizer(tokenizer)
-    options = {"dataset": config.dataset, "origin": "local files" if config.data_files else "built in",
-               "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-               "dtype": tokenizer.dtype.name}
+    """Makes the dataset, or what is still missing of it; returns its manifest and its sources."""
+    sources, origin = list_sources(config)
+    tokenizer = load_tokenizer(pick_tokenizer(config, sources))
+    options = {"dataset": config.dataset, **origin, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
+               "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name}
     if sources[0].stem.startswith("both"):
         options["val_fraction"] = config.val_fraction
     check_same_work(config.folder, options, sources)
     check_disk(config.folder, options, sources)
-    for stale in made_files(config.folder, r"(bin|json)\.tmp"):
+    for stale in [path for name in ("*-*.bin", "*-*.json", "manifest.json") for path in leftovers(config.folder, name)]:
         with contextlib.suppress(OSError):
             stale.unlink()
     encode_all(config, options, sources)
     try:
-        return write_manifest(config.folder)
+        return write_manifest(config.folder), sources
     except NoDocuments:  # no dataset after all: nothing is left of it. After any other error everything is
-        for path in (config.folder / name for source in sources for name in (source.record, *source.bins().values())):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for source in sources:
+            remove(config.folder, source.record, *source.bins().values())
         raise
 
 
-def made_files(folder, ending):
-    """The files of sources, by name; whatever else lies in the folder is the user's."""
-    name = re.compile(rf"(train|val|both)-\d{{5,}}\.{ending}")
-    return sorted(path for path in folder.glob("*-*") if name.fullmatch(path.name))
+def remove(folder, *names):
+    for name in names:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
 
 
-def list_records(folder):
-    return made_files(folder, "json")
+def pick_tokenizer(config, sources):
+    """What was asked for; else that of what is there already; else bytes for little text, which teach a small model."""
+    if config.tokenizer != "auto":
+        return config.tokenizer
+    if made := first_record(config.folder):
+        return made["tokenizer"]
+    little = config.data_files and text_size(sources) < SMALL
+    return "bytes" if config.dataset == "stdlib" or little else "gpt2"
 
 
-def read_record(path):
-    """The record of a committed source; None where it is missing or damaged, so that the source is done again."""
-    with contextlib.suppress(UserError):
-        return read_sealed(path)
+def text_size(sources):
+    """Bytes of text, estimated: gzip packs English 3 : 1."""
+    return sum(source.size * (3 if source.parts[0][1].endswith((".gz", ".parquet")) else 1) for source in sources)
+
+
+def first_record(folder):
+    return next((record for path in list_records(folder) if (record := read_record(path))), None)
+
+
+def one_entry(record):
+    return next(iter(record["files"].values()))
+
+
+def is_finished(folder):
+    return (folder / "manifest.json").exists()
 
 
 def check_same_work(folder, options, sources):
-    """Refuses to mix what is in the folder with anything that this command would not have written itself."""
+    """Refuses to mix a finished dataset, or what was downloaded of one, with anything that this command would not have
+    written itself. Of local files that were never finished, what does not fit is made anew."""
     planned = {source.record: source for source in sources}
     for path in list_records(folder):
-        if not (record := read_record(path)):
+        record = read_record(path)
+        if not record or not (problem := difference(folder, record, options, planned.get(path.name))):
             continue
-        made, asked, source = record | one_entry(record), options, planned.get(path.name)
-        if source:
-            asked = asked | {"source": source.name}
-        elif options["origin"] == "local files":  # a shard of C4 that another --shards wanted is welcome
-            asked = asked | {"source": "among the files given now"}
-        for key, value in asked.items():
-            if made.get(key) != value:
-                raise UserError(f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset "
-                                "name, or delete that folder")
-        if source and source.size != made["source_bytes"]:
-            raise UserError(changed(folder, source))
+        if is_finished(folder) or options["origin"] != "local files":
+            raise UserError(problem)
+        remove(folder, path.name, *record["files"])
+
+
+def difference(folder, record, options, source):
+    """How a record is not what this command would have made of a source; "" if it is."""
+    made, asked = record | one_entry(record), options
+    if source:
+        asked = asked | {"source": source.name}
+    elif options["origin"] == "local files":  # a shard of C4 that another --shards wanted is welcome
+        asked = asked | {"source": "among the files given now"}
+    for key, value in asked.items():
+        if made.get(key) != value:
+            return (f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset name, or "
+                    "delete that folder")
+    return changed(folder, source) if source and source.size != made["source_bytes"] else ""
 
 
 def changed(folder, source):
@@ -482,14 +428,9 @@ def changed(folder, source):
             "record and the same command makes it anew, or take another --dataset name")
 
 
-def one_entry(record):
-    return next(iter(record["files"].values()))
-
-
 def check_disk(folder, options, sources):
-    """Estimates from above, for English, what is still to be written: gzip packs 3 : 1, a GPT-2 token is 4 bytes."""
-    text = sum(source.size * (3 if source.parts[0][1].endswith((".gz", ".parquet")) else 1)
-               for source in sources if not (folder / source.record).exists())
+    """Estimates from above, for English, what is still to be written: a GPT-2 token is 4 bytes."""
+    text = text_size(source for source in sources if not (folder / source.record).exists())
     need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     if need > (free := shutil.disk_usage(place).free):
@@ -501,10 +442,11 @@ def encode_all(config, options, sources):
     """encode_source for all sources in worker processes, with one progress bar over the bytes of all."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
     progress = spawn.RawArray("q", 1 + 2 * len(sources))  # a stop flag, then cells with one writer each: no lock
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(len(sources), config.processes or cores)
-    bar = tqdm(total=sum(source.size for source in sources), desc=config.dataset, unit="B", unit_scale=True, delay=1,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+    workers = min(len(sources), config.processes or usable_cores())
+    if config.max_documents:  # each shard takes what those before it left
+        workers = 1
+    bar = tqdm(total=sum(source.size for source in sources) or None, desc=config.dataset, unit="B", unit_scale=True,
+               delay=1, mininterval=0.5 if sys.stderr.isatty() else 30)
     with bar, futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
         start, waiting = time.monotonic(), ()
         try:
@@ -532,61 +474,33 @@ def encode_all(config, options, sources):
                 manager.join(timeout=10)
 
 
-def write_manifest(folder):
-    """Joins the records of the folder: what they have in common, and all their files."""
-    records = [read_sealed(path) for path in list_records(folder)]
-    files = {name: entry for record in records for name, entry in record["files"].items()}
-    manifest = records[0] | {"files": dict(sorted(files.items()))}
-    check_not_empty(folder, manifest)
-    path = folder / "manifest.json"
-    if not path.is_file() or path.read_bytes() != seal(manifest):  # the disk may be full, or read-only
-        write_sealed(path, manifest)
-    return manifest
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said at the end.
 
-
-def verify(folder):
-    """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
-    found, listed = [], set()
-    records = {path: read_sealed(path) for path in list_records(folder)}
-    if not records:
-        raise UserError(f"there is no dataset in {folder}: {remake(folder)}")
-    first = next(iter(records.values()))
-    for path, record in records.items():
-        found += [f"{path} has {key} {record[key]}, others {first.get(key)}"
-                  for key in record if key != "files" and record[key] != first.get(key)]
-        found += bin_problems(folder, record, whole=True)
-        listed |= record["files"].keys()
-    expected = {path.name for path in made_files(folder, "bin")}
-    if (folder / "manifest.json").exists():
-        expected |= read_sealed(folder / "manifest.json")["files"].keys()
-    found += [f"{folder / name} has no record" for name in sorted(expected - listed)]
-    if found:
-        raise UserError(f"{'; '.join(found[:5])}" + "; ..." * (len(found) > 5) + f": {remake(folder, found[0])}")
-    if first["origin"] == "built in" and (shards := [int(path.stem[6:]) for path in records if path.match("train-*")]):
-        if absent := sorted({*range(min(shards), max(shards))} - {*shards}):  # lost in copying, or not made yet
-            print(f"{folder}: {len(absent)} train shards are missing between the first and the last, "
-                  f"as {absent[0]:05d}")
-    return write_manifest(folder)
-
-
-def main(argv=None):
-    (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig)
-    with locked(config.folder):
-        manifest = verify(config.folder) if config.verify else prepare(config)
+def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
     print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files"
           + ", all verified" * config.verify)
+    held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
+    if held:
+        print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
+    elif any(source.stem.startswith("both-") for source in sources):
+        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike: no name says val")
     for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
                          ("repaired", "texts with invalid characters, now U+FFFD")):
         if count := sum(entry.get(key, 0) for entry in entries):
             print(f"  {count:,} {meaning}")
     for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
-        print(f"  {example}")
-    preset = "tiny" if manifest["tokenizer"] == "bytes" else "base"
-    data_dir = f" --data_dir={config.data_dir}" * (config.data_dir != "data")
-    out_dir = f" --out_dir=out/{config.dataset}" * (config.dataset not in ("c4", "stdlib"))  # one folder, one run
-    print(f"next: python train.py config/{preset}.py --dataset={config.dataset}{data_dir}{out_dir}")
+        print(f"  {printable(example)}")
+    print(next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val))
+
+
+def main(argv=None):
+    (config,) = configure(sys.argv[1:] if argv is None else argv, PrepareConfig)
+    with locked(config.folder):
+        manifest, sources = (verify(config.folder), []) if config.verify else prepare(config)
+    say_what_was_made(config, manifest, sources)
 
 
 if __name__ == "__main__":

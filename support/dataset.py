@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import threading
 from concurrent import futures
 from dataclasses import dataclass
@@ -43,30 +44,37 @@ class Tokenizer:
     def encode_pieces(self, pieces):
         """The ids of pieces [(text, is it the last of a document)], with eot after the last ones."""
         marked = "".join(text + END * last for text, last in pieces)
-        if self.encode_marked and marked.count(END) == sum(last for _, last in pieces):
+        ends = sum(last for _, last in pieces)
+        if self.encode_marked and marked.count(END) == ends and not long_spaces(marked):
             return self.encode_marked(marked).astype(self.dtype)  # one call for all: a tenth faster than one for each
-        ends = [np.full(int(last), self.eot) for _, last in pieces]
-        arrays = [array for (text, _), end in zip(pieces, ends) for array in (self.encode(text), end)]
+        arrays = []
+        for text, last in pieces:
+            arrays += [self.encode(text), np.full(int(last), self.eot)]
         return np.concatenate(arrays).astype(self.dtype)
 
 
 def load_tokenizer(name):
-    """The Tokenizer "gpt2" or "bytes"; UserError for another name, or if gpt2 is neither here nor reachable."""
+    """The Tokenizer "gpt2", "bytes", or of a tokenizer.json; UserError for another name, or if it cannot be loaded."""
     marked = None
     if name == "bytes":
-        vocabulary = [*(bytes([i]) for i in range(256)), END.encode()]
-        encode, decode = lambda text: np.frombuffer(clean(text)[1], np.uint8), bytes
+        vocabulary = [bytes([i]) for i in range(256)]
+        encode = lambda text: np.frombuffer(clean(text)[1], np.uint8)  # noqa: E731
     elif name == "gpt2":
         gpt2 = load_gpt2()
-        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)]
-        # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets END be text
-        encode, decode = lambda text: gpt2.encode_to_numpy(clean(text)[0], disallowed_special=()), gpt2.decode_bytes
+        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab - 1)]
+        encode = lambda text: encode_gpt2(gpt2, clean(text)[0])  # noqa: E731
         marked = lambda text: gpt2.encode_to_numpy(text, allowed_special={END})  # noqa: E731
+    elif name.endswith(".json"):
+        vocabulary, encode = load_tokenizer_json(name)
     else:
-        raise UserError(f"unknown tokenizer {name!r}: it must be gpt2 or bytes")
-    eot = len(vocabulary) - 1
+        raise UserError(f"unknown tokenizer {name!r}: it must be gpt2, bytes, or the path of a tokenizer.json")
+    eot = len(vocabulary)
+    vocabulary.append(END.encode())
     digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in vocabulary)).hexdigest()
-    return Tokenizer(name, eot + 1, eot, digest, encode, lambda ids: decode([int(i) for i in ids if i < eot]), marked)
+
+    def decode_bytes(ids):
+        return b"".join(vocabulary[i] for i in ids if i < eot)
+    return Tokenizer(name, eot + 1, eot, digest, encode, decode_bytes, marked)
 
 
 def load_gpt2():
@@ -76,6 +84,74 @@ def load_gpt2():
     except Exception as error:  # requests', the file system's, a damaged cache's
         raise UserError("the gpt2 vocabulary can neither be found nor downloaded: set TIKTOKEN_CACHE_DIR to a folder "
                         f"that holds it, or prepare with --tokenizer=bytes ({type(error).__name__})") from None
+
+
+SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # what \s is to tiktoken
+LONG_SPACE = re.compile(SPACE + "{10000,}")
+SAMPLED_SPACE = re.compile(SPACE + "{19}")
+
+
+def long_spaces(text):
+    """The spans of white space so long that tiktoken's regular expression may overflow its stack. Every 500th character
+    is looked at first, since to look at all takes a tenth of the tokenizer's time: any such span has 19 of them."""
+    if not SAMPLED_SPACE.search(text[::500]):
+        return []
+    return [match.span() for match in LONG_SPACE.finditer(text)]
+
+
+def encode_gpt2(gpt2, text):
+    """The ids of a text. GPT-2's pattern makes one word of a span of white space, but for its last character where
+    another word follows; such a word goes past the regular expression straight to the merges."""
+    parts, done = [], 0
+    for first, end in long_spaces(text):
+        last = end if end == len(text) else end - 1
+        parts.append(gpt2.encode_to_numpy(text[done:first], disallowed_special=()))
+        parts.append(gpt2._encode_single_piece(text[first:last]))
+        done = last
+    # encode_to_numpy saves the detour over a list of ints; disallowed_special=() lets END be text
+    rest = gpt2.encode_to_numpy(text[done:], disallowed_special=())
+    return np.concatenate([*parts, rest]).astype(rest.dtype) if parts else rest
+
+
+def load_tokenizer_json(path):
+    """The bytes of each token of a tokenizer.json, and str -> ids. end-of-text is always a new id after them."""
+    try:
+        from tokenizers import Tokenizer as Json
+        content = json.loads(Path(path).read_bytes())
+        decoder = json.dumps(content.get("decoder"))
+        tokenizer = Json.from_str(json.dumps(content))
+    except ImportError:
+        raise UserError(f"to read {path}: pip install tokenizers") from None
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise UserError(f"{path} cannot be read as a tokenizer.json ({getattr(error, 'strerror', None) or error}): "
+                        "give the path of the file that tokenizers' save() wrote") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = {i: token for token, i in tokenizer.get_vocab().items()}
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = [ids.get(i, "") for i in range(max(ids, default=-1) + 1)]
+    vocabulary = [token.encode() if i in added else token_bytes(token, decoder) for i, token in enumerate(tokens)]
+    return vocabulary, lambda text: np.array(tokenizer.encode(clean(text)[0], add_special_tokens=False).ids, np.uint32)
+
+
+@lru_cache
+def byte_of_character():
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [i for i in range(256) if i not in printable]
+    return {chr(i): i for i in printable} | {chr(256 + n): i for n, i in enumerate(others)}
+
+
+def token_bytes(token, decoder):
+    """The bytes that a token of a tokenizer.json with this decoder stands for."""
+    alphabet = byte_of_character()
+    if "ByteLevel" in decoder and all(c in alphabet for c in token):
+        return bytes(alphabet[c] for c in token)
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(byte[1])
+    if "WordPiece" in decoder:
+        return (token[2:] if token.startswith("##") else f" {token}").encode()
+    return token.replace("\u2581", " ").encode()
 
 
 def clean(text):
@@ -123,15 +199,48 @@ def write_sealed(path, content):
 def read_sealed(path):
     """The content of a file that write_sealed made; UserError if it differs from that in any bit."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         data = path.read_bytes()
         content = json.loads(data)
         del content["checksum"]
         if seal(content) != data or content["version"] != 1:
             raise ValueError("its checksum does not fit")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        check_content(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{path} is damaged or of another version ({error})"
         raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
     return content
+
+
+BIN = re.compile(r"(train|val)[A-Za-z0-9_-]*\.bin")  # the names of token files; no folders
+
+
+def check_content(content):
+    """ValueError where a record or manifest, whose checksum anyone can make, says what prepare.py never writes."""
+    if content["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {content['dtype']!r}")
+    check_number(content, "vocab_size", 1, 2**31)
+    for key in ("tokenizer", "tokenizer_hash"):
+        if type(content[key]) is not str:
+            raise ValueError(f"{key} {content[key]!r}")
+    for name, entry in content["files"].items():
+        match = BIN.fullmatch(name)
+        if not match or match[1] != entry["split"]:
+            raise ValueError(f"a file {name!r}")
+        for key in ("tokens", "documents", "bytes"):
+            check_number(entry, key, 0, 2**53)
+        for key in entry.keys() & {"bad", "empty", "repaired", "source_bytes"}:
+            check_number(entry, key, 0, 2**53)
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError(f"sha256 {entry['sha256']!r}")
+        if not all(type(example) is str for example in entry.get("examples", [])):
+            raise ValueError("examples that are no text")
+
+
+def check_number(content, key, low, high):
+    if type(content[key]) is not int or not low <= content[key] <= high:
+        raise ValueError(f"{key} {content[key]!r}")
 
 
 def bin_problems(folder, content, whole=False):
@@ -152,7 +261,7 @@ def remake(folder, problem=""):
     flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
     if folder.name == "c4" and (shard := re.search(r"\btrain-(\d{5})\.(bin|json)", problem)):
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
-    flags += "" if str(folder.parent) == "data" else f" --data_dir={folder.parent}"
+    flags += "" if str(folder.parent) == "data" else " " + shlex.quote(f"--data_dir={folder.parent}")
     return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
 
 
@@ -170,9 +279,60 @@ def read_manifest(folder):
 
 def open_split(folder, manifest, split):
     """The files of a split ("train" or "val") as read-only arrays of ids; the disk is read where they are used."""
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    return [np.memmap(Path(folder, name), dtype, "r") for name, entry in manifest["files"].items()
+    return [TokenFile(Path(folder, name), manifest["dtype"]) for name, entry in manifest["files"].items()
             if entry["split"] == split and entry["tokens"]]
+
+
+class TokenFile:
+    """The ids of a .bin, read where they are sliced. It is open only while it is read: a memmap keeps a descriptor, and
+    the whole of C4 has 1,032 files, where `ulimit -n` is 1,024, or 256 on a Mac."""
+
+    def __init__(self, path, dtype):
+        self.path = Path(path)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.made = self.stat()
+        self.size = self.made[0] // self.dtype.itemsize
+
+    def stat(self):
+        stat = os.stat(self.path)
+        return stat.st_size, stat.st_mtime_ns
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(self.size)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(start * self.dtype.itemsize)
+                data = file.read(max(0, stop - start) * self.dtype.itemsize)
+            if self.stat() == self.made:
+                return np.frombuffer(data, self.dtype)
+            problem = "changed while it was being read"
+        except OSError as error:
+            problem = f"changed while it was being read ({error.strerror})"
+        raise UserError(f"{self.path} {problem}: restore it, then resume")
+
+
+class Joined:
+    """Token files that read as one."""
+
+    def __init__(self, files):
+        self.files = files
+        self.ends = np.cumsum([len(file) for file in files], dtype=np.int64)
+
+    def __len__(self):
+        return int(self.ends[-1]) if self.files else 0
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        first = np.searchsorted(self.ends, start, side="right")
+        last = np.searchsorted(self.ends, stop - 1, side="right")
+        pieces = []
+        for i in range(first, last + 1):
+            begin = int(self.ends[i]) - len(self.files[i])
+            pieces.append(self.files[i][max(0, start - begin):stop - begin])
+        return np.concatenate(pieces)
 
 
 class NoDocuments(UserError):
@@ -181,10 +341,10 @@ class NoDocuments(UserError):
 
 def check_not_empty(folder, manifest):
     entries = manifest["files"].values()
-    for split, mend in (("train", "look into its source files"), ("val", "raise --val_fraction")):
+    for split, fix in (("train", "look into its source files"), ("val", "raise --val_fraction")):
         if not any(entry["documents"] for entry in entries if entry["split"] == split):
             skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
-            raise NoDocuments(f"{folder} has no {split} documents: {mend}" + f" (skipped: {skipped})" * bool(skipped))
+            raise NoDocuments(f"{folder} has no {split} documents: {fix}" + f" (skipped: {skipped})" * bool(skipped))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,28 +356,20 @@ class Windows:
 
     An epoch visits every window once. Its order is i -> (a i + b) mod M with a near 0.618 M: a permutation that takes
     no memory however large the data, and spreads any run of windows, so any batch, evenly over the data. Each epoch
-    starts elsewhere (b), and cuts each file at another offset.
+    starts elsewhere (b), and cuts each file at another offset. Files too short for a window are read as one file.
     """
 
     def __init__(self, files, seq_len, seed):
-        self.files, self.seq_len, self.seed = [f for f in files if len(f) > seq_len], seq_len, seed
+        self.seq_len, self.seed = seq_len, seed
+        short = Joined([file for file in files if len(file) <= seq_len])
+        self.files = [file for file in files if len(file) > seq_len] + [short] * (len(short) > seq_len)
         if not self.files:
-            longest = max(files, key=len)
-            raise UserError(f"{longest.filename}, the longest file of its split, has {len(longest)} tokens, too short "
-                            f"for one sequence: prepare more text, or take --seq_len below that")
+            raise UserError(f"{files[0].path} and the other files of its split have {len(short)} tokens, too short for "
+                            "one sequence: prepare more text, or take --seq_len below that")
         self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
         self.ends = np.cumsum(self.counts)
-        self.total, self.tokens = int(self.ends[-1]), sum(map(len, files))
-        self.stats = [self.stat(f) for f in self.files]
-
-    @staticmethod
-    def stat(file):
-        """Size and time of the last change of what is under a file's name now, or None."""
-        try:
-            stat = os.stat(file.filename)
-            return stat.st_size, stat.st_mtime_ns
-        except OSError:
-            return None
+        self.total = int(self.ends[-1])
+        self.tokens = self.total * seq_len                                        # in an epoch
 
     @lru_cache(maxsize=2)
     def epoch(self, epoch):
@@ -234,8 +386,6 @@ class Windows:
         window = (stride * i + first) % self.total
         file = int(np.searchsorted(self.ends, window, side="right"))
         start = offsets[file] + self.seq_len * (window - int(self.ends[file]) + self.counts[file])
-        if self.stat(self.files[file]) != self.stats[file]:                       # past its end: SIGBUS
-            raise UserError(f"{self.files[file].filename} changed while it was being read: restore it, then resume")
         return self.files[file][start:start + self.seq_len + 1]
 
     def batch(self, numbers, vocab_size, device):
@@ -264,7 +414,7 @@ class Dataset:
 
     @property
     def fingerprint(self):
-        """What must stay the same for a run to go on with this data."""
+        """What must stay the same for a run to resume with this data."""
         files = {name: file["sha256"] for name, file in sorted(self.manifest["files"].items())}
         return {key: self.manifest[key] for key in ("tokenizer", "tokenizer_hash", "vocab_size")} | {
             "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}

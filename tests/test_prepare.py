@@ -20,7 +20,8 @@ from hypothesis import given, settings, strategies as st
 
 import prepare
 from configurator import UserError
-from support.dataset import open_split, read_manifest
+from support import dataset, texts
+from support.dataset import bin_problems, clean, open_split, read_manifest, read_sealed
 
 PROGRAM = Path(prepare.__file__)
 BYTES = prepare.load_tokenizer("bytes")
@@ -36,8 +37,15 @@ def gpt2():
         pytest.skip(f"no gpt2 vocabulary here: {error}")
 
 
-def start(folder, *flags, **options):
-    command = [sys.executable, str(PROGRAM), "--tokenizer=bytes", *flags]
+ALONE = "import sys, prepare; sys.argv[0], prepare.GROUP = 'prepare.py', 1; prepare.command(prepare.main)"
+
+
+def start(folder, *flags, alone=True, **options):
+    """A run of prepare.py; alone: every file is a source of its own, however small."""
+    command = [sys.executable, *(["-c", ALONE] if alone else [str(PROGRAM)]), "--tokenizer=bytes", *flags]
+    if alone:
+        path = os.pathsep.join(filter(None, [str(PROGRAM.parent), options.get("env", os.environ).get("PYTHONPATH")]))
+        options["env"] = options.get("env", os.environ) | {"PYTHONPATH": path}
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -68,7 +76,8 @@ def texts_of(folder, split):
     tokenizer = prepare.load_tokenizer(manifest["tokenizer"])
     texts = []
     for ids in open_split(folder, manifest, split):
-        assert ids[-1] == tokenizer.eot and not ids.flags.writeable
+        assert ids[:][-1] == tokenizer.eot and not ids[:].flags.writeable
+        ids = ids[:]
         ends = np.flatnonzero(ids == tokenizer.eot)
         for begin, end in zip([0, *ends + 1], ends):
             texts.append(tokenizer.decode_bytes(ids[begin:end]).decode())
@@ -114,11 +123,11 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
-def read(path, data):
+def read_all(path, data):
     """(texts, number of bad records) of a file with these bytes."""
     path.write_bytes(data)
-    tally = prepare.Tally(10**9)
-    return [text for text, _, _ in prepare.read(str(path), 0, len(data), tally)], tally.counts["bad"]
+    tally = texts.Tally(10**9)
+    return [text for text, _, _ in texts.read(str(path), 0, len(data), tally)], tally.counts["bad"]
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5)
@@ -131,15 +140,19 @@ LINE = (st.binary(max_size=40) | st.just(b"[" * 100_000) | st.builds(lambda valu
 @given(st.lists(LINE))
 def test_every_line_is_a_text_or_is_counted(scratch, lines):
     data = b"\n".join(lines)
-    texts, bad = read(scratch / "lines.jsonl", data)
+    try:
+        texts, bad = read_all(scratch / "lines.jsonl", data)
+    except UserError as error:
+        assert re.search("lines.jsonl(: not one of its| is not UTF-8| begins as one JSON array)", str(error))
+        return
     assert all(isinstance(text, str) for text in texts)
-    assert len(texts) + bad == sum(bool(line.strip()) for line in data.split(b"\n"))
+    assert len(texts) + bad == len([line for line in re.split("\r\n|\r|\n", data.decode(errors="replace")) if line.strip()])
 
 
 @given(st.lists(st.text(st.characters())))
 def test_json_lines_keep_every_text(scratch, texts):
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    assert read(scratch / "texts.jsonl", data) == (texts, 0)
+    assert read_all(scratch / "texts.jsonl", data) == (texts, 0)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200), st.integers(0, 255), st.integers(0, 400))
@@ -147,7 +160,7 @@ def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, va
     packed = bytearray(gzip.compress(json.dumps({"text": data.hex()}).encode() + b"\n"))
     packed[position % len(packed)] = value
     try:
-        texts, bad = read(scratch / "damaged.json.gz", packed[:size])
+        texts, bad = read_all(scratch / "damaged.json.gz", packed[:size])
         assert texts == [data.hex()] or bad
     except UserError as error:
         assert "damaged.json.gz" in str(error)
@@ -172,19 +185,19 @@ def test_a_damaged_parquet_is_read_or_named_and_never_cut_in_silence(scratch, pa
     for position, value in changes:
         data[position % len(data)] = value
     try:
-        texts, bad = read(scratch / "damaged.parquet", data[:size])
+        texts, bad = read_all(scratch / "damaged.parquet", data[:size])
         assert bad or len(texts) == 5 or data[footer:] != parquet[footer:], "the footer says how many there are"
     except UserError as error:
         assert re.search("damaged.parquet(:\\d+: the file| cannot be read| has no column text)", str(error))
 
 
-@given(st.sampled_from(prepare.EXTENSIONS), st.binary(max_size=300))
+@given(st.sampled_from(texts.EXTENSIONS), st.binary(max_size=300))
 def test_any_bytes_under_any_name_are_read_or_are_one_line(scratch, extension, data):
     try:
-        texts, _ = read(scratch / f"any{extension}", data)
+        texts, _ = read_all(scratch / f"any{extension}", data)
         assert all(isinstance(text, str) for text in texts)
     except UserError as error:
-        assert "any.parquet" in str(error) or "any.json" in str(error) and "the gzip stream" in str(error)
+        assert f"any{extension}" in str(error)
 
 
 @given(st.text(), st.text(), st.text())
@@ -199,7 +212,7 @@ def test_any_flag_gives_sources_or_one_line(scratch, dataset, data_files, shards
         assert prepare.find_files(data_files)
 
 
-TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8"))
+TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 
 
 @given(TEXT, st.integers(1, 9))
@@ -207,7 +220,7 @@ TEXT = st.text("a \n.") | st.text("ab1 \n\t\x1c\x85\u00a0\u3000.'s!é🙂") | st
 def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size):
     path = scratch / "text.txt"
     path.write_bytes(text.encode())
-    pieces = list(prepare.read_plain(path, 0, len(text.encode()), size))
+    pieces = list(texts.read_plain(path, 0, len(text.encode()), size))
     assert "".join(piece for piece, _, _ in pieces) == text.removeprefix("\ufeff")
     assert [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     ids = [*gpt2.encode(text.removeprefix("\ufeff"))]
@@ -219,15 +232,15 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(gpt2, scratch, text, size
 def test_a_tail_is_cut_between_two_characters(scratch, text, fraction):
     path = scratch / "tail.txt"
     path.write_bytes(text.encode("utf-8", "replace"))
-    (_, _, begin, cut), (_, _, again, end) = prepare.split_tail(path, fraction)
+    (_, _, begin, cut), (_, _, again, end) = texts.split_tail(path, fraction)
     data = path.read_bytes()
     assert (begin, again, end) == (0, cut, len(data)) and data[:cut].decode() + data[cut:].decode() == data.decode()
 
 
 def test_big_text_is_read_in_pieces(tmp_path):
     (tmp_path / "big.txt").write_bytes(b"some words\n" * 400_000)
-    sizes = [len(piece) for piece, _, _ in prepare.read_plain(tmp_path / "big.txt", 0, 4_400_000)]
-    assert sum(sizes) == 4_400_000 and max(sizes) < 1.1 * prepare.PIECE
+    sizes = [len(piece) for piece, _, _ in texts.read_plain(tmp_path / "big.txt", 0, 4_400_000)]
+    assert sum(sizes) == 4_400_000 and max(sizes) < 1.1 * texts.PIECE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
         (tmp_path / f"txt/{i:03d}.txt").write_text(text)
     splits = []
     for i, files in enumerate(["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "txt/*.txt"]):
-        run(tmp_path, f"--dataset=d{i}", f"--data_files={files}")
+        run(tmp_path, f"--dataset=d{i}", f"--data_files={files}", alone=False)
         splits.append([texts_of(tmp_path / f"data/d{i}", split) for split in ("train", "val")])
     assert all(split == splits[0] for split in splits) and sorted(sum(splits[0], [])) == sorted(texts)
     pyarrow.parquet.write_table(pyarrow.table({"id": range(200)}), tmp_path / "ids.parquet")
@@ -282,7 +295,7 @@ def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2,
     config.folder.mkdir()
     for name, value in (("CONFIG", config), ("OPTIONS", {}), ("TOKENIZER", gpt2), ("PROGRESS", [0, 0, 0])):
         monkeypatch.setattr(prepare, name, value, raising=False)
-    (source,) = prepare.local_sources([str(tmp_path / "a.json.gz")], 0.05)
+    (source,) = prepare.local_sources([str(tmp_path / "a.json.gz")], str(tmp_path), 0.05)
 
     def cpu(call):
         begin = time.process_time()
@@ -290,7 +303,7 @@ def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2,
         return time.process_time() - begin
 
     ratios = [cpu(lambda: [np.array(raw.encode_ordinary(text), np.uint16) for text in texts])
-              / cpu(lambda: prepare.write_source(0, source, source.sha256())) for _ in range(5)]
+              / cpu(lambda: prepare.write_source(0, source, source.sha256(), source.state())) for _ in range(5)]
     print(f"of the raw tokenizer's throughput: {sorted(ratios)[2]:.3f}")
     assert sorted(ratios)[2] > 0.9, ratios
 
@@ -360,7 +373,7 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     (tmp_path / "letters.txt").write_text("b" * 1_500_000)  # longer than the pieces in which a .txt is read
     out = run(tmp_path, "--dataset=hard", "--data_files=*.jsonl *.txt", f"--tokenizer={tokenizer}")
     read = sorted(texts_of(tmp_path / "data/hard", "train"))
-    assert read == sorted(["b" * 1_500_000, *(prepare.clean(text)[0] for text in texts if text)])
+    assert read == sorted(["b" * 1_500_000, *(clean(text)[0] for text in texts if text)])
     assert "1 empty document" in out and "1 texts with invalid characters" in out
 
 
@@ -374,14 +387,14 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     (["--dataset=x", "--data_files=one.jsonl"], "no "),
     (["--dataset=x", "--data_files=val.txt"], "none is left to train on"),
     (["--dataset=x", "--data_files=text.parquet"], "text.parquet cannot be read (ArrowInvalid"),
-    (["--dataset=x", "--data_files=noise.jsonl.gz"], "gzip"),
+    (["--dataset=x", "--data_files=noise.jsonl.gz"], "is not compressed"),
     (["--dataset=x", "--data_files=a.txt", "--data_dir=a.txt"], "--data_dir"),
     (["--dataset=x", "--data_files=a.txt", "--val_fraction=1"], "val_fraction"),
     (["--dataset=" + 300 * "x", "--data_files=a.txt", "--data_dir=."], "too long"),
     (["--dataset=x", "--verify"], "python prepare.py --dataset=x"),
     *((["--shards=" + shards], "--shards") for shards in ("0", "-1", "2:1", "0:1025", "1:2:3", "x", "", "²"))])
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, words):
-    for name, data in (("a.txt", b"text"), ("b.pdf", b"x"), ("empty.txt", b""), ("one.jsonl", b'{"text": "alone"}'),
+    for name, data in (("a.txt", b"text"), ("b.pdf", b"x"), ("empty.txt", b""), ("one.jsonl", b'{"text": "a"}'),
                        ("val.txt", b"x"), ("text.parquet", b"PAR1 not really"), ("noise.jsonl.gz", b"not gzip")):
         (tmp_path / name).write_bytes(data)
     before = contents(tmp_path)
@@ -423,7 +436,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path, files, words, l
     assert "cannot write data/x/" in error and "(File too large): is the disk full?" in error
     assert not list(folder.glob("*.tmp")) and not (folder / "manifest.json").exists()
     for record in folder.glob("*.json"):
-        assert not list(prepare.bin_problems(folder, prepare.read_sealed(record), whole=True)), "a record of nothing"
+        assert not list(bin_problems(folder, read_sealed(record), whole=True)), "a record of nothing"
     run(tmp_path, *ask)
     run(tmp_path, *ask, "--data_dir=other")
     assert contents(folder) == contents(tmp_path / "other/x")
@@ -434,12 +447,13 @@ def test_a_finished_dataset_survives_the_same_command_whatever_else_is_amiss(tmp
     run(tmp_path, flag)
     for name in ("my-notes.json", "my-notes.tmp", "notes.bin"):  # the user's
         (folder / name).write_text("{}")
-    for name in ("x.tmp", "train-00000.bin.tmp", "manifest.json.tmp"):  # the last: manifest.json cannot be written
+    for name in ("x.tmp", "train-00000.bin.0123abcd.tmp", "manifest.json.0123abcd.tmp"):
         (folder / name).mkdir()
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     run(tmp_path, flag)  # nothing is left to write
     run(tmp_path, "--verify")
     (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
     assert "cannot write data/c4/manifest.json" in refusal(tmp_path, flag)
     del before[folder / "manifest.json"]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -461,6 +475,363 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         out = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PROGRAM.parent)})
         peaks.append([int(kilobytes) for kilobytes in out.split()[-2:]])
     assert all(0 < many < 1.1 * few for few, many in zip(*peaks)), peaks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files, and which of them are validation.
+
+@pytest.mark.parametrize("names, pattern, held", [
+    (["Train.jsonl", "Validation.jsonl"], "*.jsonl", ["Validation.jsonl"]),
+    (["train/part0.jsonl", "val/part0.jsonl"], "*/*.jsonl", ["val/part0.jsonl"]),
+    (["train/part0.jsonl", "val/part0.jsonl"], "train/*.jsonl val/*.jsonl", ["val/part0.jsonl"]),
+    (["a/train/0.jsonl", "a/VALIDATION/x/0.jsonl"], "a/**/*.jsonl", ["a/VALIDATION/x/0.jsonl"]),
+    (["text.jsonl", "text.Valid.jsonl"], "text*", ["text.Valid.jsonl"]),
+    (["val/train.jsonl", "val/test.jsonl"], "val/*.jsonl", []),  # not below the fixed part of the pattern
+    (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl"], "*.jsonl", [])])
+def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, names, pattern, held):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [f"{name} {i}" for i in range(200)])
+    out = run(tmp_path, "--dataset=d", f"--data_files={pattern}", alone=False)
+    if held:
+        assert f"  validation: {', '.join(held)}\n" in out
+        assert sorted(texts_of(tmp_path / "data/d", "val")) == sorted(f"{name} {i}" for name in held for i in range(200))
+    else:
+        assert "% of the tokens, from all files alike" in out
+        assert 0 < len(texts_of(tmp_path / "data/d", "val")) < 60
+
+
+def test_small_files_of_any_kind_share_a_bin(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    for i in range(15):
+        write_jsonl(tmp_path / f"{i:02d}.jsonl", [f"{i} {j}" for j in range(9)])
+        write_jsonl(tmp_path / f"{i:02d}.val.jsonl.gz", [f"{i} {j}" for j in range(9)])
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} {j}" for j in range(9)]}), tmp_path / f"{i:02d}.parquet")
+    run(tmp_path, "--dataset=d", "--data_files=*.jsonl *.gz *.parquet", alone=False)
+    assert [*read_manifest(tmp_path / "data/d")["files"]] == ["train-00000.bin", "val-00001.bin"]
+    assert len(texts_of(tmp_path / "data/d", "train")) == 270 and len(texts_of(tmp_path / "data/d", "val")) == 135
+
+
+def test_a_text_behind_links_is_read_once_and_loops_of_links_end(tmp_path):
+    (tmp_path / "texts/2024/deep").mkdir(parents=True)
+    for name in ("2024/a", "2024/deep/b", "c"):
+        (tmp_path / f"texts/{name}.txt").write_text(f"text {name} " * 9)
+    for link in ("2024/loop", "2024/deep/loop", "2024/deep/up"):
+        (tmp_path / "texts" / link).symlink_to(".." if link.endswith("up") else ".")
+    (tmp_path / "texts/a link").symlink_to("2024")
+    (tmp_path / "texts/again.txt").symlink_to("2024/a.txt")
+    found, base = texts.find_files(str(tmp_path / "texts/**/*.txt"))
+    assert [os.path.relpath(path, base) for path in found] == ["2024/a.txt", "2024/deep/b.txt", "c.txt"]
+    assert [os.path.basename(path) for path in texts.find_files(str(tmp_path / "texts/**"))[0]] == ["a.txt", "b.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "my [data]/*.txt", "what?/a b.txt", "one, two/a.txt", "*/x/[y].txt", "-a.txt"])
+def test_a_name_that_is_there_is_no_pattern(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name.replace("*.txt", "b.txt"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("text")
+    Path("a1.txt").write_text("another")
+    assert texts.find_files(name)[0] == [str(path)]
+    if "," not in name:
+        assert texts.find_files(f"{name},a1.txt")[0] == sorted(["a1.txt", str(path)])
+
+
+def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_command_works(tmp_path):
+    import shlex
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=os.environ | {"HOME": str(tmp_path)})
+    assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
+    words = shlex.split(re.search("next: (.*?)    ", out)[1])
+    assert words[:3] == ["python", "train.py", "config/tiny.py"] and f"--data_dir={tmp_path}/my $data;" in words
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_name_that_the_terminal_has_no_characters_for_is_no_error(tmp_path, encoding):
+    name = "val-\u043f\u0440\u0438\u0432\u0435\u0442-" + os.fsdecode(b"\xff") + ".txt"
+    (tmp_path / name).write_text("text " * 100)
+    (tmp_path / "a.txt").write_text("text " * 100)
+    out = run(tmp_path, "--dataset=d", "--data_files=*.txt", env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert "validation: val-" in out and "next: " in out
+
+
+@pytest.mark.parametrize("make, words", [
+    (os.mkfifo, "a.txt is not a regular file"), (os.mkdir, "a.txt is a folder"),
+    (lambda path: os.symlink("gone", path), "a.txt is not a regular file, or a link to none")])
+def test_what_is_no_file_is_named(tmp_path, make, words):
+    make(tmp_path / "a.txt")
+    assert words in refusal(tmp_path, "--dataset=d", "--data_files=a.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encodings, and records that are not lines.
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.json.gz"])
+def test_a_byte_order_mark_says_how_a_text_is_read(tmp_path, encoding, kind):
+    lines = [f"naïve 🙂 {i} “quoted”" for i in range(200)]
+    text = "".join((line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)) + "\r\n" for line in lines)
+    data = ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    out = run(tmp_path, "--dataset=d", f"--data_files={kind}", "--val_fraction=0.1")
+    read = texts_of(tmp_path / "data/d", "train") + texts_of(tmp_path / "data/d", "val")
+    assert "".join(read) == text if kind == "one.txt" else sorted(read) == sorted(lines)
+    assert "invalid" not in out
+
+
+@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.jsonl.gz"])
+@pytest.mark.parametrize("encoding, named", [("latin-1", "CP1252"), ("utf-16-le", "UTF-16LE"), ("cp1251", "CP1251")])
+def test_a_text_of_another_encoding_is_refused_and_its_encoding_named(tmp_path, kind, encoding, named):
+    line = "Привет, как дела? Это обычный текст." if encoding == "cp1251" else "Le café était fermé ce jour-là."
+    line = line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)
+    data = "".join(line + "\n" for _ in range(300)).encode(encoding)
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    error = refusal(tmp_path, "--dataset=d", f"--data_files={kind}")
+    assert f"{kind} is not UTF-8 text, perhaps {named}" in error and f"iconv -f {named} -t UTF-8 {kind}" in error
+
+
+def test_a_few_invalid_bytes_in_a_long_text_are_repaired_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve words ".encode() * 1000 + b"\xe9\xff" + b" words" * 1000)
+    assert "1 texts with invalid characters" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])
+@pytest.mark.parametrize("form", [lambda records: json.dumps(records), lambda records: json.dumps(records, indent=1),
+                                  lambda records: "\r".join(map(json.dumps, records)),
+                                  lambda records: "\r\n\r\n".join(map(json.dumps, records))])
+def test_an_array_of_records_and_lines_that_end_in_cr_are_read_whole(tmp_path, name, form):
+    data = form([{"text": f"text {i}", "n": [i]} for i in range(50)]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    out = run(tmp_path, "--dataset=d", f"--data_files={name}")
+    read = texts_of(tmp_path / "data/d", "train") + texts_of(tmp_path / "data/d", "val")
+    assert sorted(read) == sorted(f"text {i}" for i in range(50)) and "unreadable" not in out
+
+
+@pytest.mark.parametrize("data, words", [
+    (b'{"text": "plain"}\n', "is not compressed, though its name ends in .gz: rename it, mv a.json.gz a.json"),
+    (gzip.compress(b'{"text": "whole"}\n') + b"trailing", "has other bytes after the end of its gzip stream"),
+    (gzip.compress(b'{"text": "whole"}\n' * 9)[:-3], "is truncated or damaged"),
+    (gzip.compress(b'[{"text": "one"}, {"te'), "begins as one JSON array and cannot be read as one"),
+    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of its 3 records can be read")])
+def test_what_cannot_be_read_of_a_compressed_file_is_named_for_what_it_is(tmp_path, data, words):
+    (tmp_path / "a.json.gz").write_bytes(data)
+    (tmp_path / "val.jsonl").write_text('{"text": "v"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "v"}')
+    assert words in refusal(tmp_path, "--dataset=d", "--data_files=*.json*", alone=False)
+
+
+def test_a_file_that_is_rewritten_at_its_size_while_it_is_read_is_no_source(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("text " * 100)
+    config = prepare.PrepareConfig(dataset="x", data_dir=str(tmp_path))
+    config.folder.mkdir()
+    for name, value in (("CONFIG", config), ("OPTIONS", {}), ("TOKENIZER", BYTES), ("PROGRESS", [0, 0, 0])):
+        monkeypatch.setattr(prepare, name, value, raising=False)
+    (source,) = prepare.local_sources([str(path)], str(tmp_path), 0.05)
+    state, sha256 = source.state(), source.sha256()
+    path.write_text("test " * 100)
+    os.utime(path, ns=(state[0][1], state[0][1]))
+    with pytest.raises(UserError, match="a.txt was changed while it was being read"):
+        prepare.write_source(0, source, sha256, state)
+    assert contents(config.folder) == {}
+
+
+def test_a_record_with_a_million_spaces_is_a_document(tmp_path, gpt2):
+    write_jsonl(tmp_path / "a.jsonl", [" " * 1_000_000 + "text", "more"])
+    (tmp_path / "val.txt").write_text("\n" * 1_000_000 + "text")
+    run(tmp_path, "--dataset=d", "--data_files=a.jsonl val.txt", "--tokenizer=gpt2")
+    assert texts_of(tmp_path / "data/d", "train") == [" " * 1_000_000 + "text", "more"]
+    assert texts_of(tmp_path / "data/d", "val") == ["\n" * 1_000_000 + "text"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The share that is held out.
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("documents", [1, 2, 13, 40, 300])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_the_share_of_text_that_was_asked_for_is_held_out(tmp_path, kind, documents, fraction):
+    rng = random.Random(documents)
+    lines = [f"{i} " + "word " * rng.randint(20, 60) for i in range(documents)]
+    if kind.endswith("parquet"):
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), tmp_path / kind)
+    else:
+        write_jsonl(tmp_path / kind, lines)
+    run(tmp_path, "--dataset=d", f"--data_files={kind}", f"--val_fraction={fraction}")
+    train, val = texts_of(tmp_path / "data/d", "train"), texts_of(tmp_path / "data/d", "val")
+    share = sum(map(len, val)) / sum(map(len, train + val))
+    assert fraction / 2 <= share <= 2 * fraction and sum(map(len, train + val)) == sum(map(len, lines))
+    if documents * fraction > 2:
+        assert sorted(train + val) == sorted(lines) and abs(share - fraction) < 0.1
+
+
+def test_documents_with_the_same_text_are_never_in_both_splits(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i % 20}" for i in range(200)])
+    run(tmp_path, "--dataset=d", "--data_files=a.jsonl")
+    train, val = texts_of(tmp_path / "data/d", "train"), texts_of(tmp_path / "data/d", "val")
+    assert val and not {*train} & {*val} and len(train + val) == 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What datasets reads, and tokenizers of one's own.
+
+OFFLINE = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+
+
+def write_local_hub(folder, files=3, documents=40):
+    (folder / "ds").mkdir()
+    for i in range(files):
+        lines = [json.dumps({"story": f"story {i} {j}"}) + "\n" for j in range(documents)]
+        (folder / f"ds/part{i}.jsonl").write_text("".join(lines))
+    return ["--dataset=d", "--hub=ds", "--text_field=story"]
+
+
+def test_a_dataset_that_datasets_reads_gives_one_bin_per_shard_and_keeps_its_revision(tmp_path):
+    flags = write_local_hub(tmp_path)
+    run(tmp_path, *flags, env=OFFLINE)
+    folder = tmp_path / "data/d"
+    manifest = read_manifest(folder)
+    assert (manifest["origin"], manifest["hub"], manifest["text_field"]) == ("hub", "ds", "story")
+    assert len(manifest["revision"]) == 64 and manifest["shards"] == {"train": 3} and len(manifest["files"]) == 6
+    read = texts_of(folder, "train") + texts_of(folder, "val")
+    assert sorted(read) == sorted(f"story {i} {j}" for i in range(3) for j in range(40))
+    before = contents(folder)
+    for name in ("both-00001.json", "manifest.json"):  # as a kill leaves it
+        (folder / name).unlink()
+    run(tmp_path, *flags, env=OFFLINE)
+    assert contents(folder) == before
+    with open(tmp_path / "ds/part1.jsonl", "a") as file:
+        file.write('{"story": "one more"}\n')
+    assert "was made with revision" in refusal(tmp_path, *flags, env=OFFLINE)
+
+
+def test_max_documents_takes_the_first_of_each_split_and_a_kill_changes_nothing(tmp_path):
+    flags = [*write_local_hub(tmp_path), "--max_documents=70"]
+    run(tmp_path, *flags, env=OFFLINE)
+    folder = tmp_path / "data/d"
+    read = texts_of(folder, "train") + texts_of(folder, "val")
+    assert sorted(read) == sorted([f"story 0 {j}" for j in range(40)] + [f"story 1 {j}" for j in range(30)])
+    before = contents(folder)
+    (folder / "both-00001.json").unlink()
+    run(tmp_path, *flags, env=OFFLINE)
+    assert contents(folder) == before
+
+
+def test_splits_of_a_dataset_that_say_validation_are_held_out(tmp_path):
+    (tmp_path / "ds").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"ds/{split}.csv").write_text("text,n\n" + "".join(f"{split} {i},1\n" for i in range(20)))
+    run(tmp_path, "--dataset=d", "--hub=ds", env=OFFLINE)
+    assert texts_of(tmp_path / "data/d", "train") == [f"train {i}" for i in range(20)]
+    assert texts_of(tmp_path / "data/d", "val") == [f"validation {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--hub=ds"], "--dataset name"), (["--dataset=d", "--hub=ds", "--data_files=x"], "not both"),
+    (["--dataset=d", "--data_files=one.csv", "--max_documents=3"], "belong to --hub"),
+    (["--dataset=d", "--hub=someone/nothing"], "datasets cannot open someone/nothing"),
+    (["--dataset=d", "--hub=one.csv", "--config=other"], "datasets cannot open one.csv"),
+    (["--dataset=d", "--hub=one.csv", "--text_field=txt", "--max_bad=1"], "no field txt")])
+def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path, flags, words):
+    (tmp_path / "one.csv").write_text("text\na\nb\nc\n")
+    (tmp_path / "ds").mkdir()
+    assert words in refusal(tmp_path, *flags, env=OFFLINE)
+
+
+def test_a_dataset_of_the_hub_leaves_torch_unimported(tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os._exit(9)")
+    (tmp_path / "one.csv").write_text("text\n" + "".join(f"text {i}\n" for i in range(50)))
+    run(tmp_path, "--dataset=d", "--hub=one.csv", env=OFFLINE | {"PYTHONPATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_a_tokenizer_json_of_ones_own_gives_the_text_back(tmp_path, kind):
+    tokenizers = pytest.importorskip("tokenizers")
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=kind == "Metaspace"))
+    text = "naïve words, 🙂 more words\n" * 20
+    if kind == "ByteLevel":
+        own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        own.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+        own.decoder = tokenizers.decoders.Metaspace(prepend_scheme="never")
+        alphabet = []
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"])
+    own.train_from_iterator([text], trainer)
+    own.save(str(tmp_path / "my tokenizer.json"))
+    write_jsonl(tmp_path / "a.jsonl", [text, "words <s>"])
+    write_jsonl(tmp_path / "val.jsonl", [text])
+    os.chdir(tmp_path)
+    run(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--tokenizer=my tokenizer.json")
+    assert texts_of(tmp_path / "data/d", "train")[0] == text and texts_of(tmp_path / "data/d", "val") == [text]
+    manifest = read_manifest(tmp_path / "data/d")
+    assert manifest["vocab_size"] == own.get_vocab_size() + 1 and manifest["tokenizer"] == "my tokenizer.json"
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{}", b"[]", b"\xff", b'{"model": 3}'])
+def test_a_tokenizer_json_that_is_none_is_one_line(tmp_path, data):
+    if data is not None:
+        (tmp_path / "t.json").write_bytes(data)
+    (tmp_path / "a.txt").write_text("text")
+    assert "t.json" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=t.json")
+    assert "unknown tokenizer 'gpt3'" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt", "--tokenizer=gpt3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said at the end.
+
+@pytest.mark.parametrize("gpu, vocab_size, train, words", [
+    (False, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),  # a novel
+    (False, 257, 100_000, "tiny.py --dataset=d --out_dir=out/d --max_steps=200    (about "),
+    (True, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),
+    (True, 50257, 170_000_000, "base.py --dataset=d --out_dir=out/d"),
+    (True, 50257, 30_000_000, "base.py --dataset=d --out_dir=out/d --max_steps=4600"),
+    (False, 50257, 170_000_000, "on this machine's CPU)\nor, on a GPU: python train.py config/base.py --dataset=d --out_dir=out/d")])
+def test_the_next_command_fits_the_text_and_the_machine(monkeypatch, gpu, vocab_size, train, words):
+    from support import advice
+    monkeypatch.setattr(advice.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if gpu else None)
+    assert words in advice.next_steps("d", "data", vocab_size, train, train // 20)
+
+
+def test_the_estimate_says_minutes_hours_or_days(monkeypatch):
+    from support import advice
+    for speed, words in ((1e12, "about 1 min"), (1e11, "about 5 min"), (1e9, "about 9 hours"), (1e8, "about 4 days")):
+        monkeypatch.setattr(advice, "machine_speed", lambda: speed)
+        assert words in advice.next_steps("d", "data", 257, 10_000_000, 500_000)
+
+
+def test_a_text_shorter_than_the_presets_context_gets_a_command_that_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("a short text " * 30)
+    out = run(tmp_path, "--dataset=d", "--data_files=a.txt", "--val_fraction=0.1")
+    seq_len = int(re.search("--seq_len=([0-9]+)", out)[1])
+    manifest = read_manifest(tmp_path / "data/d")
+    for split in ("train", "val"):
+        assert dataset.Windows(open_split(tmp_path / "data/d", manifest, split), seq_len, 0).total
+
+
+def test_small_texts_get_byte_tokens_and_what_is_there_keeps_its_own(tmp_path, gpt2):
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    for tokenizer, flags in (("bytes", []), ("gpt2", ["--tokenizer=gpt2"])):
+        run(tmp_path, f"--dataset={tokenizer}", "--data_files=a.txt", "--tokenizer=auto", *flags)
+        run(tmp_path, f"--dataset={tokenizer}", "--data_files=a.txt", "--tokenizer=auto")
+        assert read_manifest(tmp_path / "data" / tokenizer)["tokenizer"] == tokenizer
+
+
+def test_the_bar_ends_with_the_bytes_and_tokens_of_all(tmp_path, monkeypatch):
+    class Bar(prepare.tqdm):
+        def set_postfix_str(self, text, refresh=True):
+            said.append((self, text))
+    said = []
+    write_jsonl(tmp_path / "a.jsonl", ["text " * 1000] * 400)
+    monkeypatch.setattr(prepare, "tqdm", Bar)
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["--dataset=d", "--data_files=a.jsonl", "--tokenizer=bytes"])
+    bar, text = said[-1]
+    assert bar.n == bar.total == (tmp_path / "a.jsonl").stat().st_size and text.startswith("2.0M tokens, ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +903,7 @@ def task(index, source):
     raise prepare.UserError("this source fails")
 
 if __name__ == "__main__":
-    prepare.encode_source = task
+    prepare.encode_source, prepare.GROUP = task, 1
     prepare.command(lambda: prepare.main(sys.argv[1:]))
 '''
 
@@ -560,7 +931,7 @@ def test_a_restart_skips_what_is_whole_and_mends_what_is_not(tmp_path):
     flip(folder / "train-00002.bin", 100)
     flip(folder / "val-00003.json", 50)
     (folder / "manifest.json").unlink()
-    (folder / "train-00009.bin.tmp").write_bytes(b"left by a kill")
+    (folder / "train-00009.bin.0123abcd.tmp").write_bytes(b"left by a kill")
     run(tmp_path, flag)
     assert contents(folder) == before and (folder / "train-00001.bin").stat().st_ino == untouched
 
@@ -574,10 +945,20 @@ def test_other_options_in_the_same_folder_are_refused_with_the_difference(tmp_pa
     assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
     assert "source b.jsonl, not among the files" in refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
     assert "source a.jsonl, not b.jsonl" in refusal(tmp_path, "--dataset=d", "--data_files=b.jsonl")
-    (tmp_path / "data/d/manifest.json").unlink()  # an unfinished dataset is protected as well
-    assert "val_fraction 0.05, not 0.5" in refusal(tmp_path, *ask, "--val_fraction=0.5")
-    del before["manifest.json"]
     assert contents(tmp_path / "data/d") == before
+
+
+def test_after_a_run_that_failed_the_corrected_command_makes_what_it_would_have_made_alone(tmp_path):
+    write_jsonl(tmp_path / "good.jsonl", [f"good {i}" for i in range(100)])
+    write_jsonl(tmp_path / "other.jsonl", [f"other {i}" for i in range(100)])
+    (tmp_path / "bad.jsonl").write_text("no json\n" * 100)
+    assert "bad.jsonl:11: not JSON" in refusal(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--processes=1")
+    for flags in (["--data_files=good.jsonl"], ["--data_files=g*.jsonl o*.jsonl", "--val_fraction=0.3"]):
+        (tmp_path / "data/d/manifest.json").unlink(missing_ok=True)  # as if the run before had failed
+        run(tmp_path, "--dataset=d", *flags)
+        run(tmp_path, "--dataset=d", *flags, "--data_dir=alone")
+        assert contents(tmp_path / "data/d") == contents(tmp_path / "alone/d")
+        shutil.rmtree(tmp_path / "alone")
 
 
 def test_a_source_that_has_changed_is_refused_and_only_it_is_made_anew(tmp_path):

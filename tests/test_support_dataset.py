@@ -1,4 +1,5 @@
 """support/dataset.py: tokens are those of the text, damage is found, and windows of them depend on (seed, number) alone."""
+import os
 import re
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from configurator import UserError
 from support import dataset
-from support.dataset import Windows
+from support.dataset import TokenFile, Windows
 from test_prepare import BYTES, HARD_TEXTS, LONE, contents, flip, gpt2, run, write_c4  # noqa: F401 (a fixture)
 
 
@@ -53,6 +54,23 @@ def test_a_megabyte_of_one_letter_is_encoded_in_seconds(gpt2):
     assert time.monotonic() - begin < 10
 
 
+@given(st.lists(st.tuples(st.sampled_from([" ", "\n", " \n", "\t ", "\u2003", "\r\n"]), st.integers(9_000, 12_000)), min_size=1,
+                max_size=3), st.sampled_from(["", "a", "word ", "\x1c", "5", "'s"]), st.sampled_from(["", "b", " x", "?"]))
+@settings(max_examples=50)
+def test_long_white_space_has_the_tokens_that_tiktoken_would_give_it(gpt2, spans, before, after):
+    import tiktoken
+    text = before + after.join(space * (length // len(space)) for space, length in spans) + after
+    ids = list(gpt2.encode(text))
+    assert ids == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert list(gpt2.encode_pieces([(text, True), (text, True)])) == 2 * [*ids, gpt2.eot]
+
+
+def test_a_million_white_spaces_are_encoded(gpt2):
+    text = "a" + " " * 1_000_000 + "b"
+    assert gpt2.decode_bytes(gpt2.encode(text)).decode() == text
+    assert gpt2.decode_bytes(gpt2.encode_pieces([(text, True)])[:-1]).decode() == text
+
+
 def test_a_vocabulary_beyond_65536_takes_four_bytes_per_id():
     sizes = {n: dataset.Tokenizer("x", n, n - 1, "", None, None).dtype for n in (65536, 65537)}
     assert sizes == {65536: np.dtype("<u2"), 65537: np.dtype("<u4")}
@@ -65,6 +83,36 @@ def test_tokenizer_hashes_are_pinned(gpt2):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Manifests
+
+
+CHANGES = [("dtype", "O"), ("dtype", "float32"), ("dtype", "<u2"), ("dtype", 3), ("vocab_size", 0), ("vocab_size", True),
+           ("vocab_size", 2.0), ("vocab_size", 10**30), ("tokenizer", None), ("files", []), ("tokens", -1), ("tokens", 1.5),
+           ("tokens", True), ("documents", "1"), ("bytes", 10**30), ("split", "val"), ("sha256", "x"), ("sha256", 7),
+           ("examples", [1]), *[("name", name) for name in ("../train-00000.bin", "/etc/passwd", "train-00000.txt",
+                                                            "train/../x.bin", "train-0\0.bin", "x.bin", "")]]
+
+
+@pytest.mark.parametrize("key, value", CHANGES)
+def test_a_manifest_with_a_good_checksum_is_damaged_where_it_says_what_prepare_never_writes(tmp_path, key, value):
+    run(tmp_path, write_c4(tmp_path, shards=1, documents=3))
+    path = tmp_path / "data/c4/manifest.json"
+    manifest = dataset.read_manifest(path.parent)
+    entry = manifest["files"]["train-00000.bin"]
+    if key == "name":
+        manifest["files"][value] = entry
+    else:
+        (manifest if key in manifest else entry)[key] = value
+    dataset.write_sealed(path, manifest)
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        dataset.read_manifest(path.parent)
+
+
+def test_a_folder_or_a_pipe_where_the_manifest_should_be_is_damage(tmp_path):
+    for make in (Path.mkdir, os.mkfifo):
+        make(tmp_path / "manifest.json")
+        with pytest.raises(UserError, match="manifest.json is damaged .*it is not a file"):
+            dataset.read_manifest(tmp_path)
+        (tmp_path / "manifest.json").rmdir() if make is Path.mkdir else (tmp_path / "manifest.json").unlink()
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
@@ -104,11 +152,11 @@ def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):
 def token_files(folder, *sizes):
     """Files whose token at a position names the file and the position."""
     for i, size in enumerate(sizes):
-        np.arange(size, dtype="<u2").__iadd__(1000 * i).tofile(folder / f"{i}.bin")
-    return [np.memmap(folder / f"{i}.bin", "<u2", "r") for i in range(len(sizes))]
+        np.arange(size, dtype="<u2").__iadd__(np.uint16(1000 * i % 65536)).tofile(folder / f"{i}.bin")
+    return [TokenFile(folder / f"{i}.bin", "uint16") for i in range(len(sizes))]
 
 
-@pytest.mark.parametrize("sizes", [(17,), (32,), (33,), (500,), (17, 3, 100, 16, 999)])
+@pytest.mark.parametrize("sizes", [(17,), (32,), (33,), (500,), (17, 100, 16, 999)])
 def test_an_epoch_visits_every_window_once_and_no_window_crosses_a_file(tmp_path, sizes):
     windows = Windows(token_files(tmp_path, *sizes), 16, seed=1)
     for epoch in range(3):
@@ -119,6 +167,38 @@ def test_an_epoch_visits_every_window_once_and_no_window_crosses_a_file(tmp_path
         gaps = np.diff(sorted(starts))
         assert len(set(starts)) == windows.total and all(gap >= 16 for gap in gaps)
     assert windows.total >= sum(max(1, size // 16 - 2) for size in sizes if size > 16)
+
+
+def test_every_token_of_files_too_short_for_a_window_is_trained_on(tmp_path):
+    sizes = [16, 3, 100, 16, 9, 1, 12, 16, 16, 8]
+    windows = Windows(token_files(tmp_path, *sizes), 16, seed=1)
+    assert windows.tokens == 16 * windows.total <= sum(sizes)
+    seen = {int(token) for number in range(100 * windows.total) for token in windows[number]}
+    assert seen >= {1000 * i + position for i in (0, 1, 3, 4, 5, 6, 7, 8) for position in range(sizes[i])}
+    with pytest.raises(UserError, match="15 tokens, too short for one sequence"):
+        Windows(token_files(tmp_path, 7, 8), 16, seed=1)
+
+
+def test_files_are_read_whatever_their_number_and_the_limit_of_open_files(tmp_path):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    token_files(tmp_path, *[40] * 200)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 2, limits[1]))
+        windows = Windows([TokenFile(tmp_path / f"{i}.bin", "uint16") for i in range(200)], 16, seed=1)
+        assert windows.total == 200 and all(len(windows[number]) == 17 for number in range(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_that_changes_under_a_run_is_named(tmp_path):
+    windows = Windows(token_files(tmp_path, 500), 16, seed=1)
+    windows[0]
+    np.arange(500, dtype="<u2").tofile(tmp_path / "0.bin")
+    for change in (lambda: None, (tmp_path / "0.bin").unlink):
+        change()
+        with pytest.raises(UserError, match="0.bin changed while it was being read.*: restore it, then resume"):
+            windows[1]
 
 
 def test_epochs_cut_a_file_at_every_offset_and_start_elsewhere(tmp_path):
@@ -148,7 +228,7 @@ def test_reading_batches_for_10000_steps_takes_no_more_memory(tmp_path):
     for i in range(2):
         with open(tmp_path / f"{i}.bin", "wb") as file:
             file.truncate(2 * 10**8)
-    windows = Windows([np.memmap(tmp_path / f"{i}.bin", "<u2", "r") for i in range(2)], 256, seed=1)
+    windows = Windows([TokenFile(tmp_path / f"{i}.bin", "uint16") for i in range(2)], 256, seed=1)
     for step in range(10_000):
         windows.batch(range(4 * step, 4 * step + 4), 2, torch.device("cpu"))
         if step == 500:

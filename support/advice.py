@@ -1,0 +1,76 @@
+"""Which preset of config/ suits a text and this machine, and how long it trains; without torch, which takes 1 s."""
+import os
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+MUCH = 20_000_000  # so many tokens are enough for the base model
+
+
+@dataclass
+class Preset:
+    """A file of config/: its parameters, its tokens in a step, and its steps. A text is read 10 times at most."""
+    name: str
+    parameters: float
+    tokens: int
+    steps: int
+
+    def steps_for(self, train):
+        return min(self.steps, max(100, 100 * round(train / self.tokens / 10)))
+
+    def command(self, train, val, names):
+        words = ["python", "train.py", f"config/{self.name}.py", *names]
+        if (steps := self.steps_for(train)) < self.steps:
+            words.append(f"--max_steps={steps}")
+        if min(train, val) <= 256 and self.name == "tiny":  # its seq_len
+            words.append(f"--seq_len={max(1, min(train, val) // 2)}")
+        return shlex.join(words)
+
+    def seconds(self, train):
+        """On this machine's CPU: 6 operations for each parameter and token."""
+        return 6 * self.parameters * self.tokens * self.steps_for(train) / machine_speed()
+
+
+def machine_speed(size=96):
+    """Operations of a training per second, from matrix products small enough for one core, the best of a tenth of a
+    second. Measured on two cores: tiny and base train at half of what as many cores multiply. More than 16 help little.
+    """
+    a = np.ones((size, size), np.float32)
+    times = []
+    while sum(times) < 0.1:
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(usable_cores(), 16) / 2 * 2 * size**3 / min(times)
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def duration(seconds):
+    for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, seconds / 60):.0f} min"
+
+
+def next_steps(dataset, data_dir, vocab_size, train, val):
+    """The command that trains a model that fits the text and the machine, and how long it takes."""
+    names = [f"--dataset={dataset}"]
+    if str(data_dir) != "data":
+        names.append(f"--data_dir={data_dir}")
+    if dataset not in ("c4", "stdlib"):  # one folder, one run
+        names.append(f"--out_dir=out/{dataset}")
+    tiny = Preset("tiny", 1.79e6 + 192 * vocab_size, 4096, 700)
+    base = Preset("base", 18.88e6 + 512 * vocab_size, 65536, 20000)
+    gpu = shutil.which("nvidia-smi") is not None
+    if train >= MUCH and gpu:
+        return f"next: {base.command(train, val, names)}"
+    here = f"next: {tiny.command(train, val, names)}    (about {duration(tiny.seconds(train))} on this machine's CPU)"
+    if train < MUCH:
+        return here
+    return f"{here}\nor, on a GPU: {base.command(train, val, names)}"
