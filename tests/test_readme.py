@@ -16,13 +16,14 @@ import torch
 import yaml  # comes with datasets
 from torch._subclasses import FakeTensorMode
 
+import checkpoint
 import configurator
 import eval
 import model
 import prepare
 import sample
 import train
-from experiments import bench, compare, recall
+from experiments import bench, compare, python_source, recall
 from test_sample import one_thread  # noqa: F401 (a fixture)
 from test_train import as_it_was  # noqa: F401 (a fixture)
 
@@ -35,6 +36,7 @@ CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,)
            "train.py": (train.TrainConfig, model.ModelConfig),
            "experiments.bench": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
            "experiments.compare": (compare.CompareConfig,),
+           "experiments.python_source": (python_source.SourceConfig,),
            "experiments.recall": (recall.RecallConfig,)}
 FOLDERS = [ROOT, *(ROOT / name for name in ("support", "experiments", "config"))]
 SOURCES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
@@ -60,16 +62,29 @@ def commands():
     return sorted(words for words in found if words[0] in ("python", "torchrun"))
 
 
+def mixer_of_ones_own():
+    code, = [match["code"] for match in ITEM.finditer(README) if "MIXERS[" in (match["code"] or "")]
+    return code
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_shown_has_known_keys_and_legal_values(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_command_shown_has_known_keys_and_legal_values(words, tmp_path, monkeypatch):
+    for name in ("config", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "tasks").mkdir()
+    for name, text in (("tasks/mine.yaml", ""), ("mine.py", mixer_of_ones_own())):
+        (tmp_path / name).write_text(text)
+    for name in ("MIXERS", "FEATURE_MAPS"):                                       # mine.py adds to them
+        monkeypatch.setattr(model, name, dict(getattr(model, name)))
+    monkeypatch.chdir(tmp_path)
     at = program_at(words)
     assert at is not None, "no program of this repository"
     program, argv = words[at], list(words[at + 1:])
     if program == "experiments.compare":                                          # its arms are no config files
         compare.parse(argv)
     elif "--help" not in argv:
-        configurator.configure(argv, *CONFIGS[program])
+        plugin = any(word.startswith("--plugin=") for word in argv)
+        configurator.configure(argv, *CONFIGS[program], inherit=checkpoint.settings_to_start_from if plugin else None)
 
 
 def test_the_readme_has_at_most_250_lines_and_its_links_lead_somewhere():
@@ -146,11 +161,6 @@ CUT = {"prepare.py": ["--processes=1"],
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
 
-def mixer_of_ones_own():
-    code, = [match["code"] for match in ITEM.finditer(README) if "MIXERS[" in (match["code"] or "")]
-    return code
-
-
 def shown():
     """("code", text) or ("command", words), each once, but those that need the network."""
     demo = re.findall(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
@@ -179,6 +189,10 @@ def reader(tmp_path, monkeypatch):
                  "shakespeare_val.txt"):
         (tmp_path / path).write_text(text)
     (tmp_path / "mine.py").write_text(mixer_of_ones_own())
+    (tmp_path / "experiments/sweeps").mkdir(parents=True)
+    for path in (ROOT / "experiments/sweeps").glob("*.py"):                       # one arm of each
+        text_of_one = re.sub(r"^arms = \[.*?\]", 'arms = ["config/base.py"]', path.read_text(), flags=re.M | re.S)
+        (tmp_path / "experiments/sweeps" / path.name).write_text(text_of_one)
     for i in range(60):
         (tmp_path / f"python/{i}.py").write_text(f"x = {i}\n" * 20)
     for split in ("train", "validation"):
@@ -190,7 +204,6 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)                   # as where it is missing
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(tmp_path / "python"))
-    monkeypatch.setattr(compare, "PRESETS", compare.PRESETS[:1])
     monkeypatch.setattr(bench, "machine_peaks", lambda device, dtype: (1e12, 1e10))
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
