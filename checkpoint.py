@@ -34,8 +34,8 @@ CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "da
               "recent_losses", "skips"}
 KEPT = "ckpt-" + 8 * "[0-9]" + ".pt"                                              # the glob of what keep() keeps
 SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
-# Settings of a model that another value leaves its weights their meaning.
 CHANGED = ("changed", "changed_model")                                             # values of --resume
+# Settings of a model whose change leaves its weights their meaning.
 SAME_MEANING = {"seq_len", "dropout", "chunk_size", "tied", "vocab_size", "tokenizer"}
 
 
@@ -44,9 +44,9 @@ SAME_MEANING = {"seq_len", "dropout", "chunk_size", "tied", "vocab_size", "token
 
 
 def save_run(run, path):
-    """All that a run needs to resume, to a file that is whole or not there; by the first process, of the shards of all."""
+    """All that a run needs to resume, to a file that is whole or not there. All processes call it, the first writes."""
     model = whole(run.model.state_dict())
-    optimizer = whole(named_state(run.optimizer, run.model))
+    optimizer = whole(named_state(run.optimizer))
     if RANK:
         return
     with replacing(path) as temporary:
@@ -130,7 +130,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
     except OSError as error:                                                      # no permission, a folder, a bad disk
-        raise UserError(f"cannot read {path} ({error.strerror or error}): fix that, or name another --out_dir") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path} ({reason}): fix that, or name another --out_dir") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
@@ -311,7 +312,8 @@ def find_checkpoint(config, data):
         return None
     if config.resume is False and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         config.resume = "auto"                                                    # torchrun's restart of our own run
-    if config.eval_only or config.resume is True or config.resume in CHANGED or config.resume == "auto" and latest.exists():
+    must_exist = config.eval_only or config.resume is True or config.resume in CHANGED
+    if must_exist or config.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(latest)
         if config.precision == "auto":                                            # a probe may answer differently today
             config.precision = checkpoint["config"]["precision"]
@@ -391,14 +393,14 @@ def position_names(checkpoint):
 
 
 def check_evaluation(source, model, wanted):
-    """UserError where a model is to be evaluated with settings that are not its own; its length may be another."""
+    """UserError where a model is to be evaluated with settings that are not its own; its seq_len may be another."""
     theirs = dataclasses.asdict(model.config)
     changed = [f"{key} is {theirs[key]}, not {value}" for key, value in dataclasses.asdict(wanted).items()
                if value != theirs[key] and key not in SAME_MEANING]
     if changed:
         raise UserError(f"eval_only evaluates {source} as it is, and its {', its '.join(changed)}: leave that out")
     if theirs["pos"] == "learned" and wanted.seq_len > theirs["seq_len"]:
-        raise UserError(f"the learned positions of {source} end at {theirs['seq_len']} tokens: take --seq_len up to that")
+        raise UserError(f"{source} has learned positions, which end at seq_len={theirs['seq_len']}: take no larger one")
 
 
 def start_from(model, source, name):
@@ -433,7 +435,7 @@ def restore_run(run, checkpoint):
                         "--out_dir to start from its weights")
     if run.config.resume == "changed":
         check_meaning(run.latest, checkpoint, run.model_config)
-    new = load_named_state(run.optimizer, run.model, checkpoint["optimizer"], names)
+    new = load_named_state(run.optimizer, checkpoint["optimizer"], names)
     if new:
         say(f"the optimizer starts anew for {', '.join(new)}")
     run.step = checkpoint["step"]

@@ -18,7 +18,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from configurator import UserError, command, configure, help_first
 
@@ -48,9 +48,9 @@ class TrainConfig:
     data_dir: str = "data"           # where the datasets are
     out_dir: str = "out/base"        # where the run is kept
     init_from: str = ""              # start from the weights of an out_dir, a checkpoint, a shared folder or a hub id
-    plugin: str = ""                 # a Python file of your own to import first: it may add to model.MIXERS and model.FEATURE_MAPS
+    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
     batch_size: int = 64             # sequences in an optimiser step, over everything
-    grad_accum: int = 4              # pieces that batch_size is divided into, to save memory (in nanoGPT it multiplies); the result is the same
+    grad_accum: int = 4              # divides batch_size, to save memory; the result is the same (nanoGPT's multiplies)
     max_steps: int = 20000           # optimiser steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 2e-4                 # peak learning rate
@@ -72,14 +72,14 @@ class TrainConfig:
     keep_last: int = 1               # checkpoints to keep: ckpt.pt, and ckpt-STEP.pt for those before it
     max_skips: int = 20              # steps in a row with a non-finite loss or gradient before the run stops
     skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; they are logged anyway
-    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto resumes a run of the same config; True: there must be one; False: start over; changed: resume with other settings; changed_model: also with those that change what the weights mean
+    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto resumes a run of the same config; True: there must be one; False: start over; changed: other settings; changed_model: also such as change what the weights mean
     tensorboard: bool = False        # also log to out_dir/tensorboard, with samples and the loss curve
     wandb_project: str = ""          # also log to this project of Weights & Biases; WANDB_MODE=offline needs no account
     eval_only: bool = False          # evaluate the checkpoint in out_dir, or init_from, and stop
 
     # What changes where a run is kept, how often it reports and how fast it goes, but not what it learns.
-    FREE: ClassVar = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval",
-                      "keep_last", "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
+    FREE = {"data_dir", "out_dir", "grad_accum", "device", "compile", "log_interval", "save_interval",
+            "keep_last", "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
 
     def __post_init__(self):
         least = dict.fromkeys(("batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
@@ -88,9 +88,10 @@ class TrainConfig:
                                 "beta2"), 0)
         for key, low in least.items():
             require(getattr(self, key) >= low, f"{key} must be at least {low}, got {getattr(self, key)}")
-        for key in ("lr", "weight_decay", "grad_clip"):
-            require(getattr(self, key) <= 1e38, f"{key} must be in the range of fp32, to 1e38, got {getattr(self, key)}")
-        require(self.lr * self.weight_decay <= 1e38, "lr times weight_decay must be in the range of fp32, to 1e38")
+        products = {"lr": self.lr, "weight_decay": self.weight_decay, "grad_clip": self.grad_clip,
+                    "lr times weight_decay": self.lr * self.weight_decay}
+        for key, value in products.items():
+            require(value <= 1e38, f"{key} must be in the range of fp32, to 1e38, got {value}")
         require(self.decay_frac <= 1, f"decay_frac must be in 0..1, got {self.decay_frac}")
         for key in ("beta1", "beta2"):
             require(getattr(self, key) < 1, f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
@@ -103,8 +104,8 @@ class TrainConfig:
                 f"batch_size={self.batch_size} must be a multiple of {pieces}")
         require(WORLD > 1 or not self.shard, "shard splits a model over several processes of torchrun, with "
                 "--optimizer=adamw: leave it out")
-        require(self.optimizer != "muon" or not self.shard, "shard does not work with optimizer=muon, which needs whole "
-                "matrices, where a shard is a part of one: take --optimizer=adamw, or leave --shard out")
+        require(self.optimizer != "muon" or not self.shard, "shard does not work with optimizer=muon, which "
+                "needs whole matrices, where a shard is a part of one: take --optimizer=adamw, or leave --shard out")
 
     @property
     def passes(self):
@@ -152,7 +153,7 @@ class Run:
         self.saved = None                                                         # the step that ckpt.pt holds
         self.best_loss = math.inf
         self.unread = []                                                          # what steps gave, still on the device
-        self.finite = True                                                        # were the last loss and gradient read?
+        self.finite = True                                                        # the loss and gradient read last
         self.spikes = Spikes()
         self.skips = 0
         self.skips_in_a_row = 0
@@ -201,8 +202,8 @@ class Run:
 
     def last_good(self):
         if self.saved is None:
-            return "nothing was saved: try a lower --lr with --resume=false"
-        return f"the last good checkpoint is {self.latest}, of step {self.saved}: try a lower --lr with --resume=changed"
+            return "nothing was saved: lower --lr, with --resume=false"
+        return f"{self.latest} is the last good checkpoint, of step {self.saved}: lower --lr, with --resume=changed"
 
     def is_due(self, interval):
         return self.step % interval == 0 or self.step >= self.config.max_steps
@@ -281,13 +282,13 @@ class Run:
             keep(self.latest, self.step, self.config.keep_last)
 
     def is_sound(self):
-        """Do the weights give a finite loss, and will steps from them? Weights of 1e30 give a finite one, and no steps."""
+        """Do the weights give a good loss, and can steps be taken from them? Those of 1e30 give one, and no steps."""
         first = self.sequences + RANK * self.config.passes * self.config.piece    # of the batch that comes next
         x, y = self.windows.batch(range(first, first + self.config.piece), self.model_config.vocab_size, self.device)
+        parameters = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]  # of shards
         with self.reading():
-            loss = float(self.model(x, y)[0])
-            parameters = [p.to_local() if self.config.shard else p for p in self.model.parameters()]
             norms = torch.stack(torch._foreach_norm(parameters))                  # a square of 1e20 overflows
+            loss = float(self.model(x, y)[0])
         sound = loss < RUINED and bool(norms.isfinite().all())
         return bool(reduce(int(sound), dist.ReduceOp.MIN))
 
@@ -305,10 +306,10 @@ class Run:
             raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on "
                             "a file system that all machines share")
         if self.config.shard:
-            state = named_state(self.optimizer, self.model)
+            state = named_state(self.optimizer)
             mesh = shard(self.model, self.device)
             self.optimizer = make_optimizer(self.model, self.config)
-            load_named_state(self.optimizer, self.model, split_state(state, self.model, mesh, self.device), [])
+            load_named_state(self.optimizer, split_state(state, self.model, mesh, self.device), [])
         elif WORLD > 1:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
@@ -317,8 +318,8 @@ def train_step(model, optimizer, windows, step, config, device, first, spikes):
     """One optimiser step on the sequences from `first` on, or none where the loss or the gradient is not finite.
 
     Nothing here waits for a GPU, unless skip_spikes does: the optimiser decides there whether to skip.
-    Returns: the loss and the norm of its gradient before clipping, on the device; with skip_spikes, whether the loss was
-    a spike, and the step skipped for it.
+    Returns: the loss and the norm of its gradient before clipping, on the device; with skip_spikes, whether the loss
+    was a spike, and the step skipped for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, config)
@@ -373,7 +374,7 @@ def evaluate(model, files, manifest, config, device):
 # The program
 
 
-@out_of_memory("take a larger --grad_accum (the result is the same), or a smaller --batch_size, --seq_len, --dim or --depth")
+@out_of_memory("take a larger --grad_accum (same result), or a smaller --batch_size, --seq_len, --dim or --depth")
 @processes()
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, inherit=settings_to_start_from)
@@ -405,17 +406,15 @@ def main():
 
 def evaluate_only(config, model_config, checkpoint, data, device):
     """Prints the validation loss of out_dir's checkpoint, or of init_from, at the seq_len that was asked for."""
-    if checkpoint:
-        source, model = Path(config.out_dir, "ckpt.pt"), load_model(checkpoint, device)
-        result = {"step": checkpoint["step"]}
-    else:
-        source, model = config.init_from, load_pretrained(config.init_from, device)
-        result = {}
+    source = config.init_from or Path(config.out_dir, "ckpt.pt")
+    model = load_model(checkpoint, device) if checkpoint else load_pretrained(source, device)
     check_evaluation(source, model, model_config)
     model.config.seq_len = model_config.seq_len
     model.config.chunk_size = model_config.chunk_size
     compile_blocks(model, config.compile, device)
-    result |= evaluate(model, data.val, data.manifest, config, device)
+    result = evaluate(model, data.val, data.manifest, config, device)
+    if checkpoint:
+        result = {"step": checkpoint["step"]} | result
     if not math.isfinite(result["val_loss"]):
         say(f"{source} is ruined: its loss is not finite")
         raise SystemExit(1)

@@ -24,8 +24,8 @@ from configurator import UserError, command, printable
 
 
 def from_torchrun(key, default):
-    """A number that torchrun sets, like WORLD_SIZE; the default where not all that it sets is there, as when one is left
-    over in a shell."""
+    """A number that torchrun sets, like WORLD_SIZE. The default where not all that it sets is there, as when one is
+    left over in a shell."""
     keys = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not all(os.environ.get(each) for each in keys) or not os.environ["WORLD_SIZE"].isdecimal():
         return default
@@ -243,8 +243,8 @@ def processes():
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2 if by_hand else 30)))
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the {WORLD} processes do not meet at {where} ({str(error).splitlines()[0][:100]}): start them "
-                        "with torchrun, or unset WORLD_SIZE for one process alone") from None
+        raise UserError(f"the {WORLD} processes do not meet at {where} ({str(error).splitlines()[0][:100]}): start "
+                        "them with torchrun, or unset WORLD_SIZE for one process alone") from None
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
@@ -307,8 +307,8 @@ def shard(model, device):
         probe(torch.ones(1, WORLD, device=device)).sum().backward()
     except Exception as error:  # of torch 2.6 on a CPU: FSDP2 is young
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"shard does not work with torch {torch.__version__} on {device.type} ({reason}): install a newer "
-                        "torch, or leave --shard out") from None
+        raise UserError(f"shard does not work with torch {torch.__version__} on {device.type} ({reason}): install a "
+                        "newer torch, or leave --shard out") from None
     for module in (*model.blocks, model):                                         # a block is whole only while in use
         fully_shard(module, mesh=mesh)
     return mesh

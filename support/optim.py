@@ -5,7 +5,8 @@ from collections import defaultdict, deque
 import numpy as np
 import torch
 
-HIDDEN = ("qkv", "out", "up", "gate", "both")                                     # the blocks' matrices, which Muon takes
+# The blocks' matrices, which Muon takes.
+HIDDEN = ("qkv", "out", "up", "gate", "both")
 
 
 def lr_at(step, config):
@@ -21,13 +22,16 @@ def make_optimizer(model, config):
     Decay on matrices only: a norm's scale or a gate's bias has no reason to be near zero.
     """
     groups = []
+    all_names = []
     for kind, names in parameter_groups(model, config.optimizer).items():
+        all_names += names
         groups.append({
             "params": [model.get_parameter(name) for name in names],
             "weight_decay": 0.0 if kind == "vector" else config.weight_decay,
             "momentum": 0.95 if kind == "hidden" else 0.0,
         })
     optimizer = Muon(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer.names = all_names
     for module in model.modules():
         if len(getattr(module, "parts", ())) > 1:
             optimizer.parts[module.weight] = module.parts
@@ -60,6 +64,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups, **options):
+        self.names = []                                                           # of the parameters of all groups
         self.parts = {}                                                           # {weight: rows of each matrix in it}
         super().__init__(groups, **options)
 
@@ -68,9 +73,8 @@ class Muon(torch.optim.AdamW):
         """One step; none where skip, a tensor on the parameters' device, is true. The host need not know."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["momentum"]]
-        self.grad_scale, self.found_inf = None, None
-        if skip is not None:
-            self.found_inf = skip.float()                                         # how torch's fused AdamW names it
+        self.grad_scale = None
+        self.found_inf = None if skip is None else skip.float()                   # how torch's fused AdamW names it
         super().step()
         self.param_groups = groups
         for group in groups:
@@ -86,10 +90,9 @@ class Muon(torch.optim.AdamW):
             if not self.state[W]:                                                 # AdamW's loading wants a step
                 self.state[W].update(step=torch.zeros(()), momentum=torch.zeros_like(W))
         Ms = [self.state[W]["momentum"] for W in weights]
-        lr, momentum = group["lr"], group["momentum"]
-        kept = momentum
-        decayed = 1 - lr * group["weight_decay"]
-        rate = lr
+        kept = group["momentum"]
+        rate = group["lr"]
+        decayed = 1 - rate * group["weight_decay"]
         if skip is not None:                                                      # then M = 1 M + 0 and W = 1 W - 0
             gradients = [G.masked_fill(skip, 0) for G in gradients]
             kept = torch.where(skip, 1.0, kept)
@@ -97,7 +100,7 @@ class Muon(torch.optim.AdamW):
             rate = torch.where(skip, 0.0, rate)
         torch._foreach_mul_(Ms, kept)
         torch._foreach_add_(Ms, gradients)
-        directions = torch._foreach_add(gradients, Ms, alpha=momentum)
+        directions = torch._foreach_add(gradients, Ms, alpha=group["momentum"])
         torch._foreach_mul_(weights, decayed)
 
         same_shape = defaultdict(list)                                            # one batch of products for each shape
@@ -146,21 +149,15 @@ class Spikes:
 # The optimiser's state, by the names of parameters
 
 
-def named_state(optimizer, model):
+def named_state(optimizer):
     """optimizer.state_dict(), but with the name of each parameter instead of its position."""
-    names = position_names(optimizer, model)
+    names = optimizer.names
     saved = optimizer.state_dict()
     groups = [group | {"params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
     return {"state": {names[i]: saved["state"][i] for i in sorted(saved["state"])}, "param_groups": groups}
 
 
-def position_names(optimizer, model):
-    """The name of each parameter, in the order in which the optimiser counts them."""
-    names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for group in optimizer.param_groups for p in group["params"]]
-
-
-def load_named_state(optimizer, model, saved, names):
+def load_named_state(optimizer, saved, names):
     """Moments from a checkpoint, each to the parameter of its name; settings (weight decay, betas) from this run.
 
     Args: saved, what named_state returned, or a state_dict by position, as older checkpoints have it; names, those of
@@ -169,18 +166,18 @@ def load_named_state(optimizer, model, saved, names):
     """
     saved_state = {names[key] if isinstance(key, int) else key: state for key, state in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
-    for group in groups:
+    state = {}
+    new = []
+    for group, parameters in zip(groups, optimizer.param_groups):
         group["lr"] = saved["param_groups"][0]["lr"]                              # best.pt may come before a next step
-    state, new = {}, []
-    for i, name in enumerate(position_names(optimizer, model)):
-        p = model.get_parameter(name)
-        hidden = any(group["momentum"] and i in group["params"] for group in groups)
-        moments = {"momentum"} if hidden else {"exp_avg", "exp_avg_sq"}
-        theirs = saved_state.get(name, {})
-        if theirs.keys() == moments | {"step"} and all(theirs[key].shape == p.shape for key in moments):
-            state[i] = theirs
-        elif saved_state:
-            new.append(name)
+        moments = {"momentum"} if group["momentum"] else {"exp_avg", "exp_avg_sq"}
+        for i, p in zip(group["params"], parameters["params"]):
+            name = optimizer.names[i]
+            theirs = saved_state.get(name, {})
+            if theirs.keys() == moments | {"step"} and all(theirs[key].shape == p.shape for key in moments):
+                state[i] = theirs
+            elif saved_state:
+                new.append(name)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return new
 

@@ -218,16 +218,23 @@ class Pace:
         self.restart(step, tokens)
 
     def restart(self, step, tokens):
-        """From here on: not to count an evaluation."""
-        self.before = (step, tokens, time.perf_counter())
+        """From here on: an evaluation does not count."""
+        self.reported = (step, tokens, time.perf_counter())
+        self.began = self.reported
 
     def tokens_per_s(self, step, tokens):
         """Since the last call."""
-        before, tokens_before, start = self.before
-        self.restart(step, tokens)
-        seconds = max(self.before[2] - start, 1e-9)
-        self.seconds_each = seconds / max(1, step - before)
-        return (tokens - tokens_before) / seconds
+        now = (step, tokens, time.perf_counter())
+        speed, self.seconds_each = self.between(self.reported, now)
+        self.reported = now
+        return speed
+
+    @staticmethod
+    def between(start, end):
+        """(tokens per second, seconds of a step)."""
+        steps, tokens, seconds = (b - a for a, b in zip(start, end))
+        seconds = max(seconds, 1e-9)
+        return tokens / seconds, seconds / max(1, steps)
 
     def seconds_left(self, step):
         return (self.steps - step) * self.seconds_each
@@ -240,16 +247,17 @@ class Pace:
         """Says once how long the run will take: by its second and third step, or the first if that took long."""
         if not self.is_due(step):
             return
+        now = (step, tokens, time.perf_counter())
+        speed, seconds_each = self.between(self.began, now)
+        self.began = now
         first = step == self.first + 1                                            # with what is done once, as compiling
-        before = self.before
-        speed = self.tokens_per_s(step, tokens)
-        self.before = before if not first else self.before
-        if first and self.seconds_each < 20:
+        if first and seconds_each < 20:
             return
         self.told = True
-        if step < self.steps:
-            say(f"about {duration(self.seconds_left(step))} for the {self.steps - step:,} steps left, at {speed:,.0f} "
-                f"tokens/s{', if later steps take as long as the first' * first}")
+        left = self.steps - step
+        if left > 0:
+            say(f"about {duration(left * seconds_each)} for the {left:,} steps left, at {speed:,.0f} tokens/s"
+                + ", if later steps take as long as the first" * first)
 
 
 def duration(seconds):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import LM, ModelConfig
-from support.optim import (Muon, load_named_state, lr_at, make_optimizer, named_state, orthogonal, position_names)
+from support.optim import Muon, load_named_state, lr_at, make_optimizer, named_state, orthogonal
 from train import TrainConfig
 
 
@@ -108,11 +108,11 @@ def trained(model, **options):
 def test_moments_by_name_and_by_position_go_to_the_same_parameters(kind):
     model = small(decay="gated", normaliser="rms")
     ours = trained(model, optimizer=kind)
-    named, positions = named_state(ours, model), ours.state_dict()
+    named, positions = named_state(ours), ours.state_dict()
     assert named["state"].keys() == dict(model.named_parameters()).keys()
     for saved in (named, positions):
         other = make_optimizer(model, TrainConfig(optimizer=kind))
-        assert load_named_state(other, model, saved, position_names(ours, model)) == []
+        assert load_named_state(other, saved, ours.names) == []
         for p in model.parameters():
             assert ours.state[p].keys() == other.state[p].keys()
             assert all(torch.equal(ours.state[p][key], other.state[p][key]) for key in ours.state[p])
@@ -123,10 +123,10 @@ def test_moments_that_fit_no_parameter_are_left_out_and_those_without_any_are_na
     for source, target, new in ((tied, untied, ["unembed.weight"]), (untied, tied, [])):
         theirs = trained(source)
         ours = make_optimizer(target, TrainConfig())
-        assert load_named_state(ours, target, theirs.state_dict(), position_names(theirs, source)) == new
+        assert load_named_state(ours, theirs.state_dict(), theirs.names) == new
         assert all(state["exp_avg"].shape == p.shape for p, state in ours.state.items())
     reshaped = small(mlp_ratio=2.0)
-    assert load_named_state(make_optimizer(reshaped, TrainConfig()), reshaped, named_state(trained(tied), tied), []) == [
+    assert load_named_state(make_optimizer(reshaped, TrainConfig()), named_state(trained(tied)), []) == [
         "blocks.0.mlp.up.weight", "blocks.0.mlp.out.weight"]
 
 
