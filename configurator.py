@@ -367,11 +367,12 @@ def command(main):
 
 def open_closed_streams():
     """Opens a closed stdin, stdout or stderr on the null device: otherwise the next file would take its number, and
-    what is printed would go into that file."""
+    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_WRONLY)  # the lowest that is free; reading a closed stdin stays an error
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            if name != "stdin":
+                setattr(sys, name, open(number, "w"))
 
 
 def refusal(error):

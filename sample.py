@@ -325,6 +325,8 @@ def converse(model, tokenizer, prompt, state, config, options):
 
     The whole conversation is one text, read through one state. Returns where it stopped.
     """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: --interactive reads it")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         print("Each line continues the text. Ctrl-C ends an answer, Ctrl-D the program.", file=sys.stderr)

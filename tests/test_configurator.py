@@ -285,7 +285,7 @@ def main():
         with open("written", "w") as file:
             file.write("mine\\n")
             os.write(1, b"printed\\n")
-            print("printed", sys.stdin.fileno())
+            print("printed", os.fstat(0))
     if config.fail.startswith("os."):
         eval(config.fail)
     if config.fail:

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -275,6 +276,11 @@ def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, mo
         assert result.err.splitlines() == sizes and len({line.split(";")[1] for line in sizes}) == 1
 
 
+def test_a_closed_standard_input_is_said_to_be_closed(refusal, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in refusal("--interactive")
+
+
 def test_a_conversation_goes_on_from_a_saved_state_and_ends_where_learned_positions_do(write, monkeypatch, tmp_path):
     def talk(text, *flags):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -310,8 +316,11 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program(tmp_path):
             seen += os.read(terminal, 1 << 16)
         os.write(terminal, b"\x03")
         wait_for(b"tokens so far; the state is ", b"> ")
-    os.write(terminal, b"not meant\x03")                                          # at the prompt it ends the line
-    wait_for(b"> ")
+    os.write(terminal, b"not meant")
+    while b"> " not in seen:                                                      # at the prompt it ends the line
+        os.write(terminal, b"\x03")                                               # input() can miss one between two keys
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 1 << 16)
     os.write(terminal, b"\x04")
     with contextlib.suppress(OSError):                                            # the terminal has no other end now
         while os.read(terminal, 1 << 16):
