@@ -309,7 +309,7 @@ def settings_in(text):
             continue
         group = cls.name
         for node in cls.body:
-            if not isinstance(node, ast.AnnAssign):
+            if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
                 continue
             above = lines[node.lineno - 2].strip()
             if above.startswith("#"):
