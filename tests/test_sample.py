@@ -108,6 +108,22 @@ def test_a_prompt_is_the_same_from_a_flag_a_file_and_stdin(write, monkeypatch):
     assert texts[0].startswith(prompt) and texts[0] == texts[1] == texts[2]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(write):
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig"), ("wide", "utf-16")):
+        Path(name).write_text("Füße", encoding=encoding)
+    assert len({write(f"--prompt_file={name}").out for name in ("plain", "marked", "wide")}) == 1
+
+
+def test_a_state_is_written_beside_the_users_files(write, refusal):
+    Path("a.state.tmp").write_text("mine")
+    Path("b.state.tmp").symlink_to("a.state.tmp")
+    for name in ("a.state", "b.state"):
+        assert write(f"--save_state={name}").code == write(f"--save_state={name}").code == 0
+    assert Path("a.state.tmp").read_text() == "mine" and Path("b.state.tmp").is_symlink()
+    assert sorted(path.name for path in Path().iterdir()) == ["a.state", "a.state.tmp", "b.state", "b.state.tmp", "out"]
+    assert "cannot write /proc/a.state" in refusal("--save_state=/proc/a.state")   # before any text is made
+
+
 def test_a_character_of_several_tokens_is_printed_whole_as_soon_as_it_is_complete(write, scripted, monkeypatch):
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *args, **options: pieces.extend(args))
@@ -338,6 +354,7 @@ def test_a_model_with_parts_of_the_users_own_needs_its_plugin(write, refusal, mo
     write_checkpoint(Path("out"), feature_map="mine", mixers="own window")
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(maps))
     monkeypatch.setattr(model, "MIXERS", dict(mixers))
+    assert "name it with --plugin=FILE" in refusal("--prompt=abc")
     assert write("--prompt=abc", "--plugin=mine.py").code == 0
     Path("broken.py").write_text("import model\nmodel.MIXER")
     assert "broken.py fails, line 2: AttributeError" in refusal("--plugin=broken.py")
