@@ -322,7 +322,7 @@ def write_several(model, tokenizer, beginning, state, config, options):
 
 
 def converse(model, tokenizer, prompt, state, config, options):
-    """Answers the prompt, then each line that is typed: the text so far goes on with it. An empty line adds nothing.
+    """Answers the prompt, then each line that is typed, which continues the text so far. An empty line adds nothing.
 
     The whole conversation is one text, read through one state. Returns where it stopped.
     """
