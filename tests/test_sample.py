@@ -390,15 +390,17 @@ def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, messag
     assert message in refusal(*flags)
 
 
-@pytest.mark.parametrize("ruin", [math.nan, math.inf])
-def test_a_model_whose_weights_are_not_numbers_is_said_to_be_so_with_exit_code_1(write, tmp_path, ruin):
+@pytest.mark.parametrize("name, ruin", [("norm.weight", math.nan), ("embed.weight", math.inf), ("norm.weight", 3e38),
+                                        ("blocks.0.mixer.qkv.weight", 1e38)])
+def test_a_model_whose_weights_are_not_numbers_is_said_to_be_so_with_exit_code_1(write, tmp_path, name, ruin):
     path = tmp_path / "out/ckpt.pt"
     content = torch.load(path)
-    content["model"]["blocks.1.mlp.up.weight" if "blocks.1.mlp.up.weight" in content["model"] else "norm.weight"][0] = ruin
+    content["model"][name][:] = ruin
     torch.save(content, path)
-    result = write()
-    assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
-    assert "the weights of out hold NaN or inf" in result.err
+    for flags in ([], ["--temperature=0"], ["--num_samples=2"]):
+        result = write(*flags)
+        assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1, result
+        assert "the weights of out give NaN or inf" in result.err
 
 
 @pytest.mark.parametrize("flags", [["--top_k=10**30"], ["--temperature=1e99"], ["--num_samples=2", "--max_new_tokens=1"],
