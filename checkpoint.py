@@ -268,14 +268,22 @@ def open_model(source, device="auto", precision="auto"):
     tokenizer = load_tokenizer(name)
     if tokenizer.hash != digest:
         raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise Failed(f"the weights of {source} hold NaN or inf: its training diverged; take an earlier checkpoint")
     if device.type == "cuda" or precision != "auto":                              # steps are small: fp32 elsewhere
         precision = pick_precision(precision, device)
     if precision == "bf16":                                                       # cast once, not at every token
         for p in model.parameters():
             p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    check_numbers(model, source)
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_numbers(model, source):
+    """Failed where the weights, or what they make of a token, are NaN or inf: that would generate without an error."""
+    with inference(model):
+        logits, _ = model(torch.zeros(1, 1, dtype=torch.long, device=model.embed.weight.device))
+    if not all(x.isfinite().all() for x in [logits, *model.parameters()]):
+        raise Failed(f"the weights of {source} give NaN or inf: its training diverged; take an earlier checkpoint")
 
 
 def inference(model):

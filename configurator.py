@@ -69,7 +69,8 @@ def evaluate(node):
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and is_number(value := evaluate(node.operand)):
         value = -value
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        a, b = evaluate(node.left), evaluate(node.right)
+        a = evaluate(node.left)
+        b = evaluate(node.right)
         if not (is_number(a) and is_number(b)):
             raise ValueError(ALLOWED)
         if isinstance(node.op, ast.Pow) and b * math.log10(abs(a) or 1) > 100:  # 10**10**10 would never end
@@ -98,7 +99,8 @@ def show(value, form=repr):
 
 def fit(value, kind):
     """value as the annotation `kind` wants it (3e8 as an int, 1 as a float), or ValueError."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return first_fit([value], args)
     if origin is typing.Literal and any(type(value) is type(arg) and value == arg for arg in args):
@@ -135,9 +137,10 @@ def fits(values, kind):
 
 def wanted(kind):
     """An annotation in words: "a whole number", "a number or None", "'auto', 'fp32' or 'bf16'"."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if origin in (typing.Union, types.UnionType, typing.Literal):
-        words = [repr(arg) if origin is typing.Literal else wanted(arg) for arg in args]
+        words = list(map(repr if origin is typing.Literal else wanted, args))
         return ", ".join(words[:-1]) + " or " * (len(words) > 1) + words[-1]
     words = {type(None): "None", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     return words.get(kind) or (str(kind) if args else kind.__name__)
@@ -178,9 +181,11 @@ def read_config_file(path):
         raise UserError(f"{path}: cannot be read as a config file: {reason}") from None
     except ValueError as error:
         raise UserError(f"{error} (a config file holds only `key = value` lines)") from None
-    settings, lines = [], {}
+    settings = []
+    lines = {}
     for node in tree.body:
-        place, source = f"{path}:{node.lineno}", show(text.split("\n")[node.lineno - 1].strip(), str)
+        place = f"{path}:{node.lineno}"
+        source = show(text.split("\n")[node.lineno - 1].strip(), str)
         if node is tree.body[0] and ast.get_docstring(tree) is not None:
             continue
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
@@ -215,11 +220,15 @@ def joined(argv, *classes):
 
 def read_arguments(argv, config_file):
     """The settings in the config files, then those in the flags; a flag without "=" means True."""
-    from_files, from_flags = [], []
+    from_files = []
+    from_flags = []
     for argument in argv:
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
-            from_flags.append((f"--{key}", key, text if equals else True, readings(text) if equals else [True]))
+            if equals:
+                from_flags.append((f"--{key}", key, text, readings(text)))
+            else:
+                from_flags.append((f"--{key}", key, True, [True]))
         elif argument.endswith(".py") and config_file:
             from_files += read_config_file(argument)
         else:
@@ -250,14 +259,12 @@ def configure(argv, *classes, config_file=True, inherit=None):
         values = list(values)
         for cls in classes:
             if key in fields[cls]:
-                try:
-                    given[cls][key] = first_fit(values, [kinds[cls][key]])
-                except ValueError:
-                    got = show(value) if where != f"--{key}" or value is not True else f"no value: write --{key}=VALUE"
-                    raise UserError(f"{where} must be {wanted(kinds[cls][key])}, got {got}") from None
+                given[cls][key] = value_of(where, value, values, kinds[cls][key])
     configs = []
     for cls in classes:
-        defaults = inherit(*configs) if inherit and configs else {}
+        defaults = {}
+        if inherit and configs:
+            defaults = inherit(*configs)
         given[cls] = {key: value for key, value in defaults.items() if key in fields[cls]} | given[cls]
         for key, field in fields[cls].items():
             if key not in given[cls] and field.default is field.default_factory is dataclasses.MISSING:
@@ -267,6 +274,17 @@ def configure(argv, *classes, config_file=True, inherit=None):
         except ValueError as error:
             raise UserError(str(error)) from None
     return tuple(configs)
+
+
+def value_of(where, given, values, kind):
+    """The first of the values that fits the kind; UserError that names where it was given."""
+    try:
+        return first_fit(values, [kind])
+    except ValueError:
+        got = show(given)
+        if where.startswith("--") and given is True:
+            got = f"no value: write {where}=VALUE"
+        raise UserError(f"{where} must be {wanted(kind)}, got {got}") from None
 
 
 # Help: read from the source of a program, so that nothing is imported, and `python -OO` has it too.
@@ -282,7 +300,9 @@ def help_text(sources, config_file=True):
     """The docstring of the first source file, the usage, and every setting of the *Config classes in all of them."""
     texts = [Path(__file__).parent.joinpath(source).read_text(encoding="utf-8") for source in sources]
     program = Path(sys.argv[0])
-    name = f"-m {program.parent.name}.{program.stem}" if program.with_name("__init__.py").exists() else program.name
+    name = program.name
+    if program.with_name("__init__.py").exists():
+        name = f"-m {program.parent.name}.{program.stem}"
     usage = f"usage: python {name}{' [config/NAME.py ...]' * config_file} [--key=value ...]"
     page = [ast.get_docstring(ast.parse(texts[0]), clean=False).strip(), "", usage]
     width = max(50, min(120, shutil.get_terminal_size().columns))
@@ -309,7 +329,7 @@ def settings_in(text):
             continue
         group = cls.name
         for node in cls.body:
-            if not isinstance(node, ast.AnnAssign):
+            if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
                 continue
             above = lines[node.lineno - 2].strip()
             if above.startswith("#"):
@@ -367,11 +387,12 @@ def command(main):
 
 def open_closed_streams():
     """Opens a closed stdin, stdout or stderr on the null device: otherwise the next file would take its number, and
-    what is printed would go into that file."""
+    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_WRONLY)  # the lowest that is free; reading a closed stdin stays an error
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            if name != "stdin":
+                setattr(sys, name, open(number, "w"))
 
 
 def refusal(error):

@@ -26,7 +26,7 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.files import read_text, replacing                                    # support comes before torch
+from support.files import check_target, read_text, replacing                      # support comes before torch
 from support.machine import out_of_memory
 
 import torch
@@ -207,7 +207,8 @@ def write_state(path, model, state, generator, seed):
 
 
 def check_save_state(path):
-    """UserError where --save_state would replace a file that is no state: a checkpoint, say."""
+    """UserError where --save_state could not write, or would replace a file that is no state: a checkpoint, say."""
+    check_target(path, "save_state")
     if not Path(path).exists():
         return
     try:
@@ -321,10 +322,12 @@ def write_several(model, tokenizer, beginning, state, config, options):
 
 
 def converse(model, tokenizer, prompt, state, config, options):
-    """Answers the prompt, then each line that is typed: the text so far goes on with it. An empty line adds nothing.
+    """Answers the prompt, then each line that is typed, which continues the text so far. An empty line adds nothing.
 
     The whole conversation is one text, read through one state. Returns where it stopped.
     """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: --interactive reads it")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         print("Each line continues the text. Ctrl-C ends an answer, Ctrl-D the program.", file=sys.stderr)

@@ -44,11 +44,14 @@ from checkpoint import (CHANGED, check_evaluation, clear, find_checkpoint, is_fi
 
 @dataclass
 class TrainConfig:
+    # Data and folders
     dataset: str = "c4"              # a folder of data_dir, written by prepare.py --dataset=...
     data_dir: str = "data"           # where the datasets are
     out_dir: str = "out/base"        # where the run is kept
     init_from: str = ""              # start from the weights of an out_dir, a checkpoint, a shared folder or a hub id
     plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+
+    # Training
     batch_size: int = 64             # sequences in an optimiser step, over everything
     grad_accum: int = 4              # divides batch_size, to save memory; the result is the same (nanoGPT's multiplies)
     max_steps: int = 20000           # optimiser steps
@@ -61,10 +64,14 @@ class TrainConfig:
     beta2: float = 0.95              # AdamW
     grad_clip: float = 1.0           # largest norm of the gradient; 0 leaves it as it is
     seed: int = 1337                 # of the initial weights, the order of the data, and dropout
+
+    # The machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
     device: str = "auto"             # cpu, cuda, cuda:1, mps; auto takes the best there is
     compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
     shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2)
+
+    # Logs and checkpoints
     log_interval: int = 10           # steps between log lines
     eval_interval: int = 500         # steps between evaluations
     eval_tokens: int = 2**17         # tokens of validation text in an evaluation, always the same ones

@@ -91,6 +91,8 @@ def test_the_program_tells_bits_per_byte_of_a_file_and_says_what_each_token_was_
     assert (result["tokens"], result["bytes"], result["context"]) == (size, size, "all")
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
     assert result["ppl"] == pytest.approx(math.exp(result["loss"])) != pytest.approx(257, rel=1e-3)
+    Path("marked.txt").write_text(TEXT, encoding="utf-8-sig")
+    assert json.loads(measure("--file=marked.txt").out) == result
     assert json.loads(measure("--file=text.txt", "--context=8").out)["context"] == 8
     assert json.loads(measure("--file=text.txt", "--context=10**30").out)["loss"] == pytest.approx(result["loss"])
     for options in ({"pos": "learned"}, {"mixers": "linear softmax"}):

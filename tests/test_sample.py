@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,22 @@ def test_a_prompt_is_the_same_from_a_flag_a_file_and_stdin(write, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     texts = [write(flag).out for flag in (f"--prompt={prompt}", "--prompt_file=prompt.txt", "--prompt_file=-")]
     assert texts[0].startswith(prompt) and texts[0] == texts[1] == texts[2]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(write):
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig"), ("wide", "utf-16")):
+        Path(name).write_text("Füße", encoding=encoding)
+    assert len({write(f"--prompt_file={name}").out for name in ("plain", "marked", "wide")}) == 1
+
+
+def test_a_state_is_written_beside_the_users_files(write, refusal):
+    Path("a.state.tmp").write_text("mine")
+    Path("b.state.tmp").symlink_to("a.state.tmp")
+    for name in ("a.state", "b.state"):
+        assert write(f"--save_state={name}").code == write(f"--save_state={name}").code == 0
+    assert Path("a.state.tmp").read_text() == "mine" and Path("b.state.tmp").is_symlink()
+    assert sorted(path.name for path in Path().iterdir()) == ["a.state", "a.state.tmp", "b.state", "b.state.tmp", "out"]
+    assert "cannot write /proc/a.state" in refusal("--save_state=/proc/a.state")   # before any text is made
 
 
 def test_a_character_of_several_tokens_is_printed_whole_as_soon_as_it_is_complete(write, scripted, monkeypatch):
@@ -275,6 +292,11 @@ def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, mo
         assert result.err.splitlines() == sizes and len({line.split(";")[1] for line in sizes}) == 1
 
 
+def test_a_closed_standard_input_is_said_to_be_closed(refusal, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in refusal("--interactive")
+
+
 def test_a_conversation_goes_on_from_a_saved_state_and_ends_where_learned_positions_do(write, monkeypatch, tmp_path):
     def talk(text, *flags):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -310,8 +332,11 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_program(tmp_path):
             seen += os.read(terminal, 1 << 16)
         os.write(terminal, b"\x03")
         wait_for(b"tokens so far; the state is ", b"> ")
-    os.write(terminal, b"not meant\x03")                                          # at the prompt it ends the line
-    wait_for(b"> ")
+    os.write(terminal, b"not meant")
+    while b"> " not in seen:                                                      # at the prompt it ends the line
+        os.write(terminal, b"\x03")                                               # input() can miss one between two keys
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 1 << 16)
     os.write(terminal, b"\x04")
     with contextlib.suppress(OSError):                                            # the terminal has no other end now
         while os.read(terminal, 1 << 16):
@@ -329,6 +354,7 @@ def test_a_model_with_parts_of_the_users_own_needs_its_plugin(write, refusal, mo
     write_checkpoint(Path("out"), feature_map="mine", mixers="own window")
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(maps))
     monkeypatch.setattr(model, "MIXERS", dict(mixers))
+    assert "name it with --plugin=FILE" in refusal("--prompt=abc")
     assert write("--prompt=abc", "--plugin=mine.py").code == 0
     Path("broken.py").write_text("import model\nmodel.MIXER")
     assert "broken.py fails, line 2: AttributeError" in refusal("--plugin=broken.py")
@@ -364,15 +390,17 @@ def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, messag
     assert message in refusal(*flags)
 
 
-@pytest.mark.parametrize("ruin", [math.nan, math.inf])
-def test_a_model_whose_weights_are_not_numbers_is_said_to_be_so_with_exit_code_1(write, tmp_path, ruin):
+@pytest.mark.parametrize("name, ruin", [("norm.weight", math.nan), ("embed.weight", math.inf), ("norm.weight", 3e38),
+                                        ("blocks.0.mixer.qkv.weight", 1e38)])
+def test_a_model_whose_weights_are_not_numbers_is_said_to_be_so_with_exit_code_1(write, tmp_path, name, ruin):
     path = tmp_path / "out/ckpt.pt"
     content = torch.load(path)
-    content["model"]["blocks.1.mlp.up.weight" if "blocks.1.mlp.up.weight" in content["model"] else "norm.weight"][0] = ruin
+    content["model"][name][:] = ruin
     torch.save(content, path)
-    result = write()
-    assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1
-    assert "the weights of out hold NaN or inf" in result.err
+    for flags in ([], ["--temperature=0"], ["--num_samples=2"]):
+        result = write(*flags)
+        assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1, result
+        assert "the weights of out give NaN or inf" in result.err
 
 
 @pytest.mark.parametrize("flags", [["--top_k=10**30"], ["--temperature=1e99"], ["--num_samples=2", "--max_new_tokens=1"],
