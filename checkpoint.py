@@ -49,21 +49,22 @@ def save_run(run, path):
     optimizer = whole(named_state(run.optimizer))
     if RANK:
         return
-    with replacing(path) as temporary:
-        torch.save(plain({
-            "model": model,
-            "model_config": dataclasses.asdict(run.model_config),
-            "optimizer": optimizer,
-            "step": run.step,
-            "sequences": run.sequences,
-            "tokens": run.tokens,
-            "best_loss": run.best_loss,
-            "recent_losses": list(run.spikes.recent),
-            "skips": [run.skips, run.skips_in_a_row],
-            "config": dataclasses.asdict(run.config),
-            "rng": {"cpu": torch.get_rng_state()},
-            "data": run.data.fingerprint,
-        }), temporary)
+    content = plain({
+        "model": model,
+        "model_config": dataclasses.asdict(run.model_config),
+        "optimizer": optimizer,
+        "step": run.step,
+        "sequences": run.sequences,
+        "tokens": run.tokens,
+        "best_loss": run.best_loss,
+        "recent_losses": list(run.spikes.recent),
+        "skips": [run.skips, run.skips_in_a_row],
+        "config": dataclasses.asdict(run.config),
+        "rng": {"cpu": torch.get_rng_state()},
+        "data": run.data.fingerprint,
+    })
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)                                                 # given a name, it writes that in, too
 
 
 def keep(latest, step, count):
@@ -72,6 +73,7 @@ def keep(latest, step, count):
         return
     name = latest.with_name(f"ckpt-{step:08}.pt")
     with replacing(name) as temporary:
+        temporary.unlink()                                                        # a link needs a free name
         try:
             os.link(latest, temporary)
         except OSError:                                                           # a file system without hard links

@@ -200,10 +200,11 @@ def identity(model):
 
 def write_state(path, model, state, generator, seed):
     """To path: the state, and the random numbers to come."""
-    with replacing(Path(path)) as temporary:
-        tensors = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state.model)
-        torch.save({"model": identity(model), "state": tensors, "unread": state.unread, "half": list(state.half),
-                    "seed": seed, "rng": generator.get_state(), "device": generator.device.type}, temporary)
+    tensors = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state.model)
+    content = {"model": identity(model), "state": tensors, "unread": state.unread, "half": list(state.half),
+               "seed": seed, "rng": generator.get_state(), "device": generator.device.type}
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def check_save_state(path):
