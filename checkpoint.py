@@ -49,7 +49,7 @@ def save_run(run, path):
     optimizer = whole(named_state(run.optimizer))
     if RANK:
         return
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, open(temporary, "wb") as file:             # given a name, torch writes it inside
         torch.save(plain({
             "model": model,
             "model_config": dataclasses.asdict(run.model_config),
@@ -63,7 +63,7 @@ def save_run(run, path):
             "config": dataclasses.asdict(run.config),
             "rng": {"cpu": torch.get_rng_state()},
             "data": run.data.fingerprint,
-        }), temporary)
+        }), file)
 
 
 def keep(latest, step, count):
@@ -73,6 +73,7 @@ def keep(latest, step, count):
     name = latest.with_name(f"ckpt-{step:08}.pt")
     with replacing(name) as temporary:
         try:
+            temporary.unlink()                                                    # a link takes no name that is there
             os.link(latest, temporary)
         except OSError:                                                           # a file system without hard links
             shutil.copyfile(latest, temporary)
