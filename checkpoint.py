@@ -49,22 +49,21 @@ def save_run(run, path):
     optimizer = whole(named_state(run.optimizer))
     if RANK:
         return
-    content = plain({
-        "model": model,
-        "model_config": dataclasses.asdict(run.model_config),
-        "optimizer": optimizer,
-        "step": run.step,
-        "sequences": run.sequences,
-        "tokens": run.tokens,
-        "best_loss": run.best_loss,
-        "recent_losses": list(run.spikes.recent),
-        "skips": [run.skips, run.skips_in_a_row],
-        "config": dataclasses.asdict(run.config),
-        "rng": {"cpu": torch.get_rng_state()},
-        "data": run.data.fingerprint,
-    })
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)                                                 # given a name, it writes that in, too
+    with replacing(path) as temporary, open(temporary, "wb") as file:             # given a name, torch writes it inside
+        torch.save(plain({
+            "model": model,
+            "model_config": dataclasses.asdict(run.model_config),
+            "optimizer": optimizer,
+            "step": run.step,
+            "sequences": run.sequences,
+            "tokens": run.tokens,
+            "best_loss": run.best_loss,
+            "recent_losses": list(run.spikes.recent),
+            "skips": [run.skips, run.skips_in_a_row],
+            "config": dataclasses.asdict(run.config),
+            "rng": {"cpu": torch.get_rng_state()},
+            "data": run.data.fingerprint,
+        }), file)
 
 
 def keep(latest, step, count):
@@ -73,8 +72,8 @@ def keep(latest, step, count):
         return
     name = latest.with_name(f"ckpt-{step:08}.pt")
     with replacing(name) as temporary:
-        temporary.unlink()                                                        # a link needs a free name
         try:
+            temporary.unlink()                                                    # a link takes no name that is there
             os.link(latest, temporary)
         except OSError:                                                           # a file system without hard links
             shutil.copyfile(latest, temporary)

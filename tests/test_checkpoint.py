@@ -111,6 +111,12 @@ def test_a_hub_that_does_not_answer_is_one_line(run, refusal, monkeypatch):
     assert "nor one that the Hugging Face hub gives (" in refusal("--init_from=someone/model", "--out_dir=new")
 
 
+def test_a_kept_checkpoint_takes_no_room_of_its_own(tmp_path):
+    (tmp_path / "ckpt.pt").write_text("x")
+    checkpoint.keep(tmp_path / "ckpt.pt", 5, 2)
+    assert (tmp_path / "ckpt-00000005.pt").samefile(tmp_path / "ckpt.pt")
+
+
 def test_keep_drops_the_checkpoints_of_an_abandoned_branch_first(tmp_path):
     for name in ("ckpt.pt", *(f"ckpt-000000{step}.pt" for step in (20, 30, 40)), "ckpt-mine.pt"):
         (tmp_path / name).write_text(name)
