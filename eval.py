@@ -51,8 +51,6 @@ class EvalConfig:
             raise ValueError("there is nothing to measure: give --file=TEXT, or --tasks=NAME,NAME")
         if self.file and self.tasks:
             raise ValueError(f"file={self.file} and tasks={self.tasks} are two measurements: leave out one of them")
-        if self.task_dir and not Path(self.task_dir).is_dir():
-            raise ValueError(f"task_dir={self.task_dir} must be a folder with .yaml files")
         for key, low in (("context", 0), ("limit", 0), ("batch_size", 1)):
             if getattr(self, key) < low:
                 raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
@@ -232,6 +230,8 @@ def run_tasks(config, harness):
 @out_of_memory("take a smaller --batch_size, or --context=1024")
 def main():
     config, = configure(sys.argv[1:], EvalConfig)
+    if config.task_dir and not Path(config.task_dir).is_dir():
+        raise UserError(f"task_dir={config.task_dir} must be a folder with .yaml files")
     load_plugin(config.plugin)
     model, tokenizer = open_model(config.init_from or checkpoint_in(config.out_dir), config.device, config.precision)
     context = config.context or default_context(model)
