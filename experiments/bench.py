@@ -5,11 +5,15 @@
     python -m experiments.bench --precision=bf16 --compile=true --json=bench.json --plot=bench.png
     python -m experiments.bench --parts=card --out_dir=out/base     its perplexity, memory a sequence, tokens/s
 
-Every figure is the median of `repeats` runs after a warm-up, ours and the peer's in turn, with the spread (max - min) /
-median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each parameter
-and token, over the rate of a large matrix product measured at the start; for decoding it is the time to read all
-weights once, at a bandwidth measured at the start, over the time of a step. "FLOPs" is the operations of the softmax
-model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost nothing.
+Every figure is the median of `repeats` runs after a warm-up, ours alternating with the peer's, with the spread (max -
+min) / median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each
+parameter and token, over the rate of a large matrix product measured at the start. "FLOPs" is the operations of the
+softmax model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost
+nothing.
+
+Decoding is what LM.generate runs, weights cast as sample.py casts them. The softmax model decodes by it too, with a
+cache that was allocated before, so that its step can be recorded as a CUDA graph as ours is. A limit is the tokens/s at
+which weights and states are read once for each token, at a bandwidth measured at the start.
 """
 import dataclasses
 import itertools
@@ -23,10 +27,11 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__, "model.py", "train.py")
 
-from support import kernels                                                       # support comes before torch
+from support import kernels, speedups                                             # support comes before torch
 from support.dataset import Windows, open_split, read_manifest
-from support.files import write_json
+from support.files import check_target, write_json
 from support.machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds
+from support.measure import cast_for_decoding, decoding_calls
 from support.optim import make_optimizer
 from support.report import picture, spread, table
 
@@ -34,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked, normalised, state_bytes
+from model import (FEATURE_MAPS, LM, MIXERS, ModelConfig, SoftmaxAttention, linear_attention_chunked, merge_heads,
+                   normalised, rotate, split_heads, state_bytes)
 from checkpoint import load_checkpoint, load_model
 from train import TrainConfig, evaluate
 
@@ -48,6 +54,7 @@ class BenchConfig:
     tokens: int = 8192               # tokens in a step: tokens / T sequences
     decode_batch: str = "1"          # numbers of texts decoded at once
     repeats: int = 5                 # measurements of each figure
+    memory: bool = True              # also measure the memory of training
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
     compile: bool | Literal["auto"] = "auto"  # as for train.py
@@ -112,34 +119,56 @@ def evaluation(config, T, bench, device):
     return step
 
 
-def decoding(config, past, B, bench, device, steps=32):
-    """(a call that decodes `steps` tokens in B texts of `past`, seconds to read one of those, bytes of one's state)"""
-    dtype, read = torch.bfloat16 if bench.precision == "bf16" else torch.float32, min(past, bench.prefill)
-    model = LM(dataclasses.replace(config, seq_len=past + 2 * steps)).to(device, dtype).eval()
-    prompt = random_tokens(config, B, read, device)
-    token, seen = prompt[:, :1], {}
+class FixedCache(SoftmaxAttention):
+    """Softmax attention whose cache was allocated before, with one place for the next token, which is written there
+    again and again: a step at this length, without copies of the cache, of fixed shapes."""
 
-    def grow(layer, mixer):                                                       # only softmax's state depends on past
-        if mixer != "softmax" or past == read:
-            return layer
-        conv_state, cache = layer
-        return conv_state, tuple(z.repeat(1, 1, -(-past // read), 1)[:, :, :past].contiguous() for z in cache)
+    def forward(self, x, state, ropes):
+        if state is None or x.shape[1] > 1:
+            return super().forward(x, state, ropes)
+        conv_state, (keys, values) = state
+        qkv = self.qkv(x)
+        if self.config.short_conv:
+            qkv, conv_state = self.conv(qkv, conv_state)
+        q, k, v = split_heads(qkv, self.config.n_heads, [self.config.dim] * 3)
+        rope = ropes.get(q.shape[-1])
+        keys[:, :, -1:] = rotate(k, rope)
+        values[:, :, -1:] = v
+        y = speedups.cached_attention(rotate(q, rope), keys, values)
+        return self.out(merge_heads(y)), (conv_state, (keys, values))
+
+
+MIXERS["fixed_cache"] = FixedCache
+
+
+def decoding(config, past, B, bench, device, steps=32):
+    """(A call that decodes `steps` tokens in B texts of `past`, seconds to read one token, bytes of one text's state)."""
+    read = min(past, bench.prefill)
+    model = LM(dataclasses.replace(config, seq_len=past + 1000 * steps)).to(device)
+    model = cast_for_decoding(model, bench.precision)
+    prompt = random_tokens(config, B, read, device)
+    seen = {}
 
     @torch.no_grad()
     def fill():
-        seen["state"] = model.hidden(prompt)[1]
+        with autocast(device, bench.precision):
+            seen["state"] = model.hidden(prompt)[1]
     fill()
     took = seconds(fill, device) / (B * read)
-    layers, pattern = seen["state"]["layers"], config.mixers * config.depth
-    layers = [grow(*pair) for pair in zip(layers, pattern)]
+    layers = [longer(layer, past, mixer) for layer, mixer in zip(seen["state"]["layers"], itertools.cycle(config.mixers))]
     state = {"tokens": torch.full_like(seen["state"]["tokens"], past), "layers": layers}
+    size = state_bytes(state["layers"]) / B
+    return decoding_calls(model, prompt[:, :1], steps, device, bench.precision, state), took, size
 
-    @torch.no_grad()
-    def step():
-        now = state
-        for _ in range(steps):
-            _, now = model(token, state=now)
-    return step, took, state_bytes(state) / B
+
+def longer(layer, past, mixer):
+    """The state of a layer after `past` tokens, from that after fewer: a cache is repeated, others depend on no length."""
+    if mixer not in ("softmax", "fixed_cache"):
+        return layer
+    conv_state, cache = layer
+    length = past + (mixer == "fixed_cache")
+    copies = -(-length // cache[0].shape[2])
+    return conv_state, tuple(z.repeat(1, 1, copies, 1)[:, :, :length].contiguous() for z in cache)
 
 
 def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=False):
@@ -262,7 +291,7 @@ def passes(T, part, configs, bench, device, figures):
     if part == "train":
         layers = (configs[0].mixers * configs[0].depth)[:configs[0].depth]
         row["FLOPs"] = round(1 + layers.count("linear") * T * configs[0].dim / parameters, 2)    # causal: T/2 keys
-        for key, config in zip(("MB a sequence", "softmax MB"), configs):
+        for key, config in zip(("MB a sequence", "softmax MB"), configs if bench.memory else ()):
             row[key] = memory_per_sequence(config, T, bench, device) / 1e6
     yield row
 
@@ -270,12 +299,17 @@ def passes(T, part, configs, bench, device, figures):
 def decodings(batch_and_past, part, configs, bench, device, figures):
     """Tokens after a text of this length, in this number of texts."""
     B, past = batch_and_past
-    (call, read, state), (peer_call, peer_read, cache) = (decoding(c, past, B, bench, device) for c in configs)
+    ours, peer = configs
+    peer = dataclasses.replace(peer, mixers=["fixed_cache"])
+    call, read, state = decoding(ours, past, B, bench, device)
+    peer_call, peer_read, cache = decoding(peer, past, B, bench, device)
     mine, theirs = race([call, peer_call], device, bench.repeats)
     speed, peer_speed = (32 * B / statistics.median(times) for times in (mine, theirs))
-    limit = figures["bandwidth"] / (figures["parameters"] * (2 if bench.precision == "bf16" else 4)) * B
-    yield {"texts": B, "after": past, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
-           "spread": spread(mine, theirs), "of peak": round(speed / limit, 2), "prefill tokens/s": 1 / read,
+    weights = figures["parameters"] * (2 if bench.precision == "bf16" else 4)
+    limit, peer_limit = (figures["bandwidth"] / (weights + B * size) * B for size in (state, cache))
+    yield {"texts": B, "after": past, "tokens/s": speed, "of its limit": round(speed / limit, 2), "softmax": peer_speed,
+           "of softmax's limit": round(peer_speed / peer_limit, 2), "softmax's limit": peer_limit,
+           "ratio": round(speed / peer_speed, 2), "spread": spread(mine, theirs), "prefill tokens/s": 1 / read,
            "softmax prefill": 1 / peer_read, "MB a text": state / 1e6, "softmax MB": cache / 1e6}
 
 
@@ -352,6 +386,9 @@ def main():
         torch.set_float32_matmul_precision("high")
     if bench.plot and not {"train", "decode"} & set(parts):
         raise UserError("--plot draws training and decoding: add train or decode to --parts")
+    for flag in ("json", "plot"):
+        if target := getattr(bench, flag):
+            check_target(Path(target), flag)
     figures = {"card": card(bench, train_config, device)} if "card" in parts else {}
     if parts != ["card"]:
         figures |= measure(bench, config, device)

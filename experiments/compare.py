@@ -37,7 +37,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, fields, replace
@@ -49,9 +48,9 @@ from configurator import UserError, command, configure, help_first, joined, read
 help_first(__name__, __file__)
 
 from support.dataset import Dataset, Windows                                      # support comes before torch
-from support.files import Busy, read_json, replacing, write_json
-from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say
-from support.measure import cast_for_decoding, decoding_times
+from support.files import Busy, check_target, read_json, replacing, write_json
+from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
+from support.measure import cast_for_decoding, decoding_calls
 from support.report import Log, picture, table
 from support.side_by_side import Slots, end_with_parent, environment, visible_gpus
 
@@ -236,17 +235,6 @@ def check_folders(arm, out_dir, data):
             refuse_changes(path, saved, train, arm.model, data)
         except UserError as error:
             raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
-
-
-def check_target(path, flag):
-    """UserError where path could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except (OSError, ValueError) as error:                                        # ValueError: a NUL byte in the name
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): use another --{flag}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -593,7 +581,8 @@ def decoding_costs(arm, config, device, steps=64):
     T = arm.model.seq_len
     model = cast_for_decoding(LM(replace(arm.model, seq_len=16 * T + 1000)).to(device), precision)
     prompt = torch.randint(arm.model.vocab_size, (1, T), device=device)
-    times = decoding_times(model, prompt, steps, device, precision)
+    decode = decoding_calls(model, prompt, steps, device, precision)
+    times = [seconds(decode, device) / steps for _ in range(3)]
     return {"decoding_tokens_per_s": 1 / statistics.median(times), "decoding_precision": precision,
             "state_bytes": [state_size(model, tokens, device, precision) for tokens in (T, 16 * T)]}
 
