@@ -16,7 +16,7 @@ def test_labels_say_whether_the_ones_so_far_are_odd():
 def test_beta_to_2_learns_parity_in_few_steps_and_beta_to_1_does_not(monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(sys, "argv", ["parity.py", "--steps=120", "--bits=16", "--seeds=1", "--device=cpu"])
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--steps=150", "--seeds=1", "--device=cpu"])
     parity.main()
     torch.set_num_threads(threads)
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
