@@ -3,9 +3,9 @@
     make gpu-check                                  under 4 minutes on one H100; before a commit that a GPU's path is in
     python -m experiments.gpu_check --save=True     keeps the ratios of this run as those to compare with
 
-Each preset trains and decodes by experiments/bench.py, in bf16 and compiled, at T = 1024, its steps alternating with the
-same model's with softmax: the ratio of the two is what is compared, with the one that experiments/gpu_ratios.json keeps
-for this card. What is more than 5 % below says so, and the exit code is 1, as where a test fails. While the tests run,
+Each preset trains and decodes by experiments/bench.py, in bf16 and compiled, at T = 1024, its steps alternating with
+those of the same model with softmax. The ratio of the two is compared with what experiments/gpu_ratios.json keeps for
+this card. What is more than 5 % below says so, and the exit code is 1, as where a test fails. While the tests run,
 each preset is compiled once; what is timed then has the GPU for itself, and finds its code in Inductor's cache.
 """
 import os
@@ -90,11 +90,13 @@ def verdict(preset, figures, kept):
     """A row of the table: the ratios of a preset, those kept, and what is to be said of them."""
     row, words = {"preset": preset}, []
     for part in ("train", "decode"):
-        now, before = figures[part][0], kept.get(preset, {}).get(part)
-        row |= {f"{part}, tokens/s": now["tokens/s"], f"{part}, times softmax": now["ratio"], "kept" + " " * (part == "decode"):
-                before or "none"}
-        if before and now["ratio"] < BELOW * before:
-            words.append(f"{part} is {1 - now['ratio'] / before:.0%} below")
+        ratio = figures[part][0]["ratio"]
+        before = kept.get(preset, {}).get(part)
+        row[f"{part}, tokens/s"] = figures[part][0]["tokens/s"]
+        row[f"{part}, times softmax"] = ratio
+        row[f"{part}, kept"] = before or "none"
+        if before and ratio < BELOW * before:
+            words.append(f"{part} is {1 - ratio / before:.0%} below")
     return row | {"": ", ".join(words) or "ok"}
 
 
@@ -133,11 +135,13 @@ def main():
     if config.json:
         write_json(Path(config.json), {"card": card, "figures": figures}, indent=1)
     if config.save:
-        ratios = {preset: {part: figures[preset][part][0]["ratio"] for part in ("train", "decode")} for preset in presets}
+        ratios = {preset: {part: found[part][0]["ratio"] for part in ("train", "decode")}
+                  for preset, found in figures.items()}
         write_json(RATIOS, kept | {card: kept.get(card, {}) | ratios}, indent=1)
     slower = [row["preset"] for row in rows if row[""] != "ok"]
     if slower or failures:
-        raise Failed(f"{len(failures)} shares of the kernel tests failed; slower than kept: {', '.join(slower) or 'none'}")
+        raise Failed(f"{len(failures)} shares of the kernel tests failed; slower than kept: "
+                     f"{', '.join(slower) or 'none'}")
     if card not in kept and not config.save:
         say(f"no ratios are kept for {card}: --save=True keeps these")
 

@@ -5,7 +5,8 @@
 After each bit the model says whether the ones so far are odd. A state that only fades and adds cannot count them: along
 its key a delta rule scales what the state holds by 1 - beta, so with beta to 1 by a number in [0, 1], and with beta to
 2 by one in [-1, 1]. At -1 each one flips a sign, and that is parity. Trained on 40 bits, and so on every length to 40;
-tested far beyond, as Grazzi et al. 2024 (Unlocking state-tracking in linear RNNs through negative eigenvalues, arXiv 2411.12537, section 5.1).
+tested far beyond, as Grazzi et al. 2024 (Unlocking state-tracking in linear RNNs through negative eigenvalues, arXiv
+2411.12537, section 5.1).
 """
 import sys
 from dataclasses import dataclass

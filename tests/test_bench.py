@@ -55,7 +55,7 @@ def test_the_preallocated_cache_of_the_peer_gives_what_the_growing_one_gives(sho
     with torch.no_grad():
         (_, state), (_, other) = growing(prompt[:, :6]), fixed(prompt[:, :6])
         wanted, _ = growing(prompt[:, 6:], state=state)
-        other["layers"] = [bench.longer(layer, 6, "fixed_cache") for layer in other["layers"]]
+        other["layers"] = [bench.longer(layer, "fixed_cache", 6) for layer in other["layers"]]
         shapes = [cache.shape for _, caches in other["layers"] for cache in caches]
         found, after = fixed(prompt[:, 6:], state=other)
     torch.testing.assert_close(found, wanted)

@@ -26,7 +26,7 @@ def test_what_is_more_than_5_percent_below_says_so():
     assert gpu_check.verdict("base", figures(0.94, 2.5), kept)[""] == "train is 6% below"
     assert gpu_check.verdict("base", figures(0.5, 1.0), kept)[""] == "train is 50% below, decode is 50% below"
     row = gpu_check.verdict("based", figures(0.5, 1.0), kept)
-    assert row[""] == "ok" and row["kept"] == row["kept "] == "none"
+    assert row[""] == "ok" and row["train, kept"] == row["decode, kept"] == "none"
 
 
 def run(monkeypatch, *flags):
