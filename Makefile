@@ -1,6 +1,7 @@
-# make demo    prepares text, trains a small model on the CPU, prints what it writes (about 5 minutes on two idle cores)
-# make test    runs the whole test suite
-# make clean   removes .venv and caches, never data/ or out/
+# make demo        prepares text, trains a small model on the CPU, prints what it writes (about 5 minutes on two idle cores)
+# make test        runs the whole test suite
+# make gpu-check   kernel tests and the speed of every preset on an Nvidia GPU, beside what is kept for that card
+# make clean       removes .venv and caches, never data/ or out/
 #
 # Needs Python 3.10 or newer (choose one with PYTHON=python3.12); everything else goes into .venv.
 
@@ -17,6 +18,9 @@ demo: .venv/ready
 
 test: .venv/ready .venv/trackers .venv/notebook
 	$(PY) -m pytest tests
+
+gpu-check: .venv/ready
+	$(PY) -m experiments.gpu_check
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ */__pycache__
@@ -43,4 +47,4 @@ notebook := nbclient==0.11.0 ipykernel==7.3.0
 		echo "not installed: $($(@F)); their tests are skipped" >&2
 
 FORCE:
-.PHONY: help demo test clean FORCE
+.PHONY: help demo test gpu-check clean FORCE

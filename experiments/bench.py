@@ -5,11 +5,15 @@
     python -m experiments.bench --precision=bf16 --compile=true --json=bench.json --plot=bench.png
     python -m experiments.bench --parts=card --out_dir=out/base     its perplexity, memory a sequence, tokens/s
 
-Every figure is the median of `repeats` runs after a warm-up, ours and the peer's in turn, with the spread (max - min) /
-median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each parameter
-and token, over the rate of a large matrix product measured at the start; for decoding it is the time to read all
-weights once, at a bandwidth measured at the start, over the time of a step. "FLOPs" is the operations of the softmax
-model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost nothing.
+Every figure is the median of `repeats` runs after a warm-up, ours alternating with the peer's, with the spread (max -
+min) / median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each
+parameter and token, over the rate of a large matrix product measured at the start. "FLOPs" is the operations of the
+softmax model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost
+nothing.
+
+Decoding is what LM.generate runs, weights cast as sample.py casts them. The softmax model decodes by it too, with a
+cache that was allocated before, so that its step can be recorded as a CUDA graph as ours is. A limit is the tokens/s at
+which weights and states are read once for each token, at a bandwidth measured at the start.
 """
 import dataclasses
 import itertools
@@ -23,10 +27,11 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__, "model.py", "train.py")
 
-from support import kernels                                                       # support comes before torch
+from support import kernels, speedups                                             # support comes before torch
 from support.dataset import Windows, open_split, read_manifest
-from support.files import write_json
+from support.files import check_target, write_json
 from support.machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds
+from support.measure import cast_for_decoding, decoding_calls
 from support.optim import make_optimizer
 from support.report import picture, spread, table
 
@@ -34,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import FEATURE_MAPS, LM, ModelConfig, linear_attention_chunked, normalised, state_bytes
+from model import (FEATURE_MAPS, LM, MIXERS, ModelConfig, SoftmaxAttention, linear_attention_chunked, merge_heads,
+                   normalised, rotate, split_heads, state_bytes)
 from checkpoint import load_checkpoint, load_model
 from train import TrainConfig, evaluate
 
@@ -48,6 +54,7 @@ class BenchConfig:
     tokens: int = 8192               # tokens in a step: tokens / T sequences
     decode_batch: str = "1"          # numbers of texts decoded at once
     repeats: int = 5                 # measurements of each figure
+    memory: bool = True              # also measure the memory of training
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
     compile: bool | Literal["auto"] = "auto"  # as for train.py
@@ -59,14 +66,24 @@ class BenchConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         try:
-            self.lengths, self.past, self.batches = (
-                [int(n) for n in text.split(",")] for text in (self.seq_lens, self.positions, self.decode_batch))
+            self.lengths = numbers(self.seq_lens)
+            self.past = numbers(self.positions)
+            self.batches = numbers(self.decode_batch)
         except ValueError:
             raise ValueError("seq_lens, positions and decode_batch are whole numbers with commas: 256,1024") from None
         if min(self.lengths + self.past + self.batches) < 1:
             raise ValueError("seq_lens, positions and decode_batch must be at least 1")
-        if unknown := set(self.parts.split(",")) - {"train", "eval", "decode", "op", "card"}:
+        unknown = set(self.parts.split(",")) - {"train", "eval", "decode", "op", "card"}
+        if unknown:
             raise ValueError(f"parts are train, eval, decode, op and card, not {', '.join(sorted(unknown))}")
+
+    @property
+    def dtype(self):
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def numbers(text):
+    return [int(number) for number in text.split(",")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,9 +94,16 @@ def machine_peaks(device, dtype):
     """(FLOP/s of a matrix product, bytes/s of the fastest way to read a matrix that no cache holds)."""
     n, rows = (8192, 2**18) if device.type == "cuda" else (2048, 2**15)
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    matrix, vector = torch.randn(rows, 4096, device=device).to(dtype), torch.randn(4096, device=device).to(dtype)
-    product, *reads = race([lambda: a @ b, lambda: matrix @ vector, lambda: matrix.sum(-1)], device, 7)
-    return 2 * n ** 3 / min(product), matrix.numel() * matrix.element_size() / min(map(min, reads))
+    matrix = torch.randn(rows, 4096, device=device).to(dtype)
+    vector = torch.randn(4096, device=device).to(dtype)
+    calls = [
+        lambda: a @ b,
+        lambda: matrix @ vector,
+        lambda: matrix.sum(-1),
+    ]
+    product, *reads = race(calls, device, 7)
+    size = matrix.numel() * matrix.element_size()
+    return 2 * n ** 3 / min(product), size / min(map(min, reads))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,7 +113,8 @@ def machine_peaks(device, dtype):
 def training(config, T, bench, device):
     model = LM(dataclasses.replace(config, seq_len=T)).to(device)
     compile_blocks(model, bench.compile, device)
-    optimizer, idx = make_optimizer(model, TrainConfig()), random_tokens(config, bench.tokens // T, T, device)
+    optimizer = make_optimizer(model, TrainConfig())
+    idx = random_tokens(config, bench.tokens // T, T, device)
 
     def step():
         with autocast(device, bench.precision):
@@ -112,34 +137,59 @@ def evaluation(config, T, bench, device):
     return step
 
 
-def decoding(config, past, B, bench, device, steps=32):
-    """(a call that decodes `steps` tokens in B texts of `past`, seconds to read one of those, bytes of one's state)"""
-    dtype, read = torch.bfloat16 if bench.precision == "bf16" else torch.float32, min(past, bench.prefill)
-    model = LM(dataclasses.replace(config, seq_len=past + 2 * steps)).to(device, dtype).eval()
-    prompt = random_tokens(config, B, read, device)
-    token, seen = prompt[:, :1], {}
+class FixedCache(SoftmaxAttention):
+    """Softmax attention whose cache was allocated before, with one place for the next token, which is written there
+    again and again: a step at this length, without copies of the cache, of fixed shapes."""
 
-    def grow(layer, mixer):                                                       # only softmax's state depends on past
-        if mixer != "softmax" or past == read:
-            return layer
-        conv_state, cache = layer
-        return conv_state, tuple(z.repeat(1, 1, -(-past // read), 1)[:, :, :past].contiguous() for z in cache)
+    def forward(self, x, state, ropes):
+        if state is None or x.shape[1] > 1:
+            return super().forward(x, state, ropes)
+        conv_state, (keys, values) = state
+        qkv = self.qkv(x)
+        if self.config.short_conv:
+            qkv, conv_state = self.conv(qkv, conv_state)
+        q, k, v = split_heads(qkv, self.config.n_heads, [self.config.dim] * 3)
+        rope = ropes.get(q.shape[-1])
+        keys[:, :, -1:] = rotate(k, rope)
+        values[:, :, -1:] = v
+        y = speedups.cached_attention(rotate(q, rope), keys, values)
+        return self.out(merge_heads(y)), (conv_state, (keys, values))
+
+
+MIXERS["fixed_cache"] = FixedCache
+
+
+def decoding(config, past, B, bench, device, steps=32):
+    """(A call that decodes `steps` tokens in B texts of `past`, seconds to read a token, bytes of one text's state)."""
+    read = min(past, bench.prefill)
+    model = LM(dataclasses.replace(config, seq_len=past + 1000 * steps)).to(device)
+    model = cast_for_decoding(model, bench.precision)
+    prompt = random_tokens(config, B, read, device)
+    seen = {}
 
     @torch.no_grad()
     def fill():
-        seen["state"] = model.hidden(prompt)[1]
+        with autocast(device, bench.precision):
+            seen["state"] = model.hidden(prompt)[1]
     fill()
     took = seconds(fill, device) / (B * read)
-    layers, pattern = seen["state"]["layers"], config.mixers * config.depth
-    layers = [grow(*pair) for pair in zip(layers, pattern)]
-    state = {"tokens": torch.full_like(seen["state"]["tokens"], past), "layers": layers}
+    short = seen["state"]
+    layers = [longer(*pair, past) for pair in zip(short["layers"], itertools.cycle(config.mixers))]
+    state = {"tokens": torch.full_like(short["tokens"], past), "layers": layers}
+    size = state_bytes(layers) / B
+    call = decoding_calls(model, prompt[:, :1], steps, device, bench.precision, state)
+    return call, took, size
 
-    @torch.no_grad()
-    def step():
-        now = state
-        for _ in range(steps):
-            _, now = model(token, state=now)
-    return step, took, state_bytes(state) / B
+
+def longer(layer, mixer, past):
+    """The state of a layer after `past` tokens, from that after fewer: only a cache is longer, and is repeated."""
+    if mixer not in ("softmax", "fixed_cache"):
+        return layer
+    conv_state, cache = layer
+    length = past + (mixer == "fixed_cache")
+    copies = -(-length // cache[0].shape[2])
+    repeated = [z.repeat(1, 1, copies, 1) for z in cache]
+    return conv_state, tuple(z[:, :, :length].contiguous() for z in repeated)
 
 
 def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=False):
@@ -153,15 +203,20 @@ def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=F
 
 def operations(T, bench, device):
     """{name: (forward, forward and backward)} of the operation alone, on the same inputs: 8 heads of 64."""
-    dtype, B = torch.bfloat16 if bench.precision == "bf16" else torch.float32, max(1, bench.tokens // T)
-    q, k, v = (torch.randn(B, 8, T, 64, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    q16, k16 = (z[..., :16].detach().clone().requires_grad_() for z in (q, k))
+    B = max(1, bench.tokens // T)
+
+    def inputs(width):
+        return torch.randn(B, 8, T, width, device=device, dtype=bench.dtype).requires_grad_()
+    q, k, v = inputs(64), inputs(64), inputs(64)
+    q16, k16 = inputs(16), inputs(16)
     g = F.logsigmoid(torch.randn(B, 8, T, device=device) + 4).requires_grad_()
     beta = torch.rand(B, 8, T, device=device).requires_grad_()
-    compiled = bench.compile is True or bench.compile == "auto" and device.type == "cuda"
-    ours = torch.compile(attention, dynamic=False) if compiled and not kernels.available(q, v) else attention
+    upstream = torch.randn_like(v)                                    # a sum's gradient, of stride 0, is slow
 
-    upstream = torch.randn_like(v)
+    ours = attention
+    compiled = bench.compile is True or bench.compile == "auto" and device.type == "cuda"
+    if compiled and not kernels.available(q, v):
+        ours = torch.compile(attention, dynamic=False)
 
     def calls(attend, *inputs, **options):
         @torch.no_grad()
@@ -170,15 +225,19 @@ def operations(T, bench, device):
 
         def both():
             wanted = [x for x in inputs if x is not None]
-            torch.autograd.grad(attend(*inputs, **options), wanted, upstream)  # a sum's gradient, of stride 0, is slow
+            torch.autograd.grad(attend(*inputs, **options), wanted, upstream)
         return forward, both
-    table = {"softmax (SDPA)": calls(F.scaled_dot_product_attention, q, k, v, is_causal=True),
-             "elu, normalised": calls(ours, q, k, v, feature_map="elu", normalise=True),
-             "taylor 16, normalised": calls(ours, q16, k16, v, feature_map="taylor", normalise=True),
-             "gated": calls(ours, q, k, v, g, feature_map="identity"),
-             "delta rule": calls(ours, q, k, v, None, beta, feature_map="silu_l2"),
-             "gated delta rule": calls(ours, q, k, v, g, beta, feature_map="silu_l2")}
-    return table | (peers(q, k, v, g, beta, calls) if device.type == "cuda" else {})
+    table = {
+        "softmax (SDPA)": calls(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+        "elu, normalised": calls(ours, q, k, v, feature_map="elu", normalise=True),
+        "taylor 16, normalised": calls(ours, q16, k16, v, feature_map="taylor", normalise=True),
+        "gated": calls(ours, q, k, v, g, feature_map="identity"),
+        "delta rule": calls(ours, q, k, v, None, beta, feature_map="silu_l2"),
+        "gated delta rule": calls(ours, q, k, v, g, beta, feature_map="silu_l2"),
+    }
+    if device.type == "cuda":
+        table |= peers(q, k, v, g, beta, calls)
+    return table
 
 
 def peers(q, k, v, g, beta, calls):
@@ -189,12 +248,25 @@ def peers(q, k, v, g, beta, calls):
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
         return {}
-    inputs = q, k, v, g, beta.to(q.dtype)
-    q, k, v, g, beta = (z.detach().transpose(1, 2).contiguous().requires_grad_() for z in inputs)
-    unit = dict(use_qk_l2norm_in_kernel=True)
-    return {"fla gated": calls(lambda *x: chunk_simple_gla(*x)[0], q, k, v, g),
-            "fla delta rule": calls(lambda *x: chunk_delta_rule(*x, **unit)[0], q, k, v, beta),
-            "fla gated delta rule": calls(lambda *x: chunk_gated_delta_rule(*x, **unit)[0], q, k, v, g, beta)}
+
+    def theirs(x):
+        return x.detach().transpose(1, 2).contiguous().requires_grad_()
+    q, k, v, g = theirs(q), theirs(k), theirs(v), theirs(g)
+    beta = theirs(beta.to(q.dtype))
+
+    def gated(*inputs):
+        return chunk_simple_gla(*inputs)[0]
+
+    def delta(*inputs):
+        return chunk_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+
+    def gated_delta(*inputs):
+        return chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    return {
+        "fla gated": calls(gated, q, k, v, g),
+        "fla delta rule": calls(delta, q, k, v, beta),
+        "fla gated delta rule": calls(gated_delta, q, k, v, g, beta),
+    }
 
 
 def random_tokens(config, B, T, device):
@@ -212,7 +284,8 @@ def memory_per_sequence(config, T, bench, device):
             return torch.cuda.max_memory_allocated()
         return (peak(3) - peak(1)) / 2
     storages = {}
-    model, idx = LM(dataclasses.replace(config, seq_len=T)), random_tokens(config, 1, T, device)
+    model = LM(dataclasses.replace(config, seq_len=T))
+    idx = random_tokens(config, 1, T, device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def saved(tensor):
@@ -231,23 +304,35 @@ def memory_per_sequence(config, T, bench, device):
 
 def measure(bench, config, device):
     """{part: rows} and what they were measured on, printed as tables."""
-    peer = dataclasses.replace(config, mixers=["softmax"], pos="rope" if config.pos == "none" else config.pos)
-    flops, bandwidth = machine_peaks(device, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
+    pos = "rope" if config.pos == "none" else config.pos
+    peer = dataclasses.replace(config, mixers=["softmax"], pos=pos)
+    flops, bandwidth = machine_peaks(device, bench.dtype)
     parameters = sum(p.numel() for p in LM(config).parameters())
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     print(f"{name}, {bench.precision}, torch {torch.__version__}: matrix products {flops / 1e12:.3g} TFLOP/s, memory "
           f"{bandwidth / 1e9:,.0f} GB/s; {parameters / 1e6:.2f} M parameters, vocabulary {config.vocab_size:,}, "
           f"mixers {' '.join(config.mixers)}")
-    figures = {"machine": name, "precision": bench.precision, "torch": torch.__version__, "flops": flops,
-               "bandwidth": bandwidth, "parameters": parameters, "config": dataclasses.asdict(config)}
-    for part, title, rows, over in (("train", "Training", passes, bench.lengths),
-                                    ("eval", "Evaluation", passes, bench.lengths),
-                                    ("decode", "Decoding", decodings, itertools.product(bench.batches, bench.past)),
-                                    ("op", "The operation alone, 8 heads of 64", operation_rows, bench.lengths)):
-        if part in bench.parts.split(","):
-            figures[part] = [row for x in tqdm([*over], desc=part, disable=None, leave=False)
-                             for row in rows(x, part, (config, peer), bench, device, figures)]
-            table(title, figures[part])
+    figures = {
+        "machine": name,
+        "precision": bench.precision,
+        "torch": torch.__version__,
+        "flops": flops,
+        "bandwidth": bandwidth,
+        "parameters": parameters,
+        "config": dataclasses.asdict(config),
+    }
+    parts = {
+        "train": ("Training", passes, bench.lengths),
+        "eval": ("Evaluation", passes, bench.lengths),
+        "decode": ("Decoding", decodings, list(itertools.product(bench.batches, bench.past))),
+        "op": ("The operation alone, 8 heads of 64", operation_rows, bench.lengths),
+    }
+    for part in [part for part in parts if part in bench.parts.split(",")]:
+        title, rows, sizes = parts[part]
+        figures[part] = []
+        for size in tqdm(sizes, desc=part, disable=None, leave=False):
+            figures[part] += rows(size, part, (config, peer), bench, device, figures)
+        table(title, figures[part])
     return figures
 
 
@@ -255,45 +340,82 @@ def passes(T, part, configs, bench, device, figures):
     """Training steps, or evaluations, at length T."""
     make, flops = (training, 6) if part == "train" else (evaluation, 2)
     mine, theirs = race([make(config, T, bench, device) for config in configs], device, bench.repeats)
-    speed, peer_speed = (max(1, bench.tokens // T) * T / statistics.median(times) for times in (mine, theirs))
+    tokens = max(1, bench.tokens // T) * T
+    speed = tokens / statistics.median(mine)
+    peer_speed = tokens / statistics.median(theirs)
     parameters = figures["parameters"]
-    row = {"T": T, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
-           "spread": spread(mine, theirs), "of peak": round(speed * parameters * flops / figures["flops"], 2)}
+    row = {
+        "T": T,
+        "tokens/s": speed,
+        "softmax": peer_speed,
+        "ratio": round(speed / peer_speed, 2),
+        "spread": spread(mine, theirs),
+        "of peak": round(speed * parameters * flops / figures["flops"], 2),
+    }
     if part == "train":
-        layers = (configs[0].mixers * configs[0].depth)[:configs[0].depth]
-        row["FLOPs"] = round(1 + layers.count("linear") * T * configs[0].dim / parameters, 2)    # causal: T/2 keys
-        for key, config in zip(("MB a sequence", "softmax MB"), configs):
-            row[key] = memory_per_sequence(config, T, bench, device) / 1e6
+        ours, peer = configs
+        linear_layers = (ours.mixers * ours.depth)[:ours.depth].count("linear")
+        row["FLOPs"] = round(1 + linear_layers * T * ours.dim / parameters, 2)  # causal: T/2 keys
+        if bench.memory:
+            row["MB a sequence"] = memory_per_sequence(ours, T, bench, device) / 1e6
+            row["softmax MB"] = memory_per_sequence(peer, T, bench, device) / 1e6
     yield row
 
 
 def decodings(batch_and_past, part, configs, bench, device, figures):
     """Tokens after a text of this length, in this number of texts."""
     B, past = batch_and_past
-    (call, read, state), (peer_call, peer_read, cache) = (decoding(c, past, B, bench, device) for c in configs)
+    ours, peer = configs
+    peer = dataclasses.replace(peer, mixers=["fixed_cache"])
+    call, read, state = decoding(ours, past, B, bench, device)
+    peer_call, peer_read, cache = decoding(peer, past, B, bench, device)
     mine, theirs = race([call, peer_call], device, bench.repeats)
-    speed, peer_speed = (32 * B / statistics.median(times) for times in (mine, theirs))
-    limit = figures["bandwidth"] / (figures["parameters"] * (2 if bench.precision == "bf16" else 4)) * B
-    yield {"texts": B, "after": past, "tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 2),
-           "spread": spread(mine, theirs), "of peak": round(speed / limit, 2), "prefill tokens/s": 1 / read,
-           "softmax prefill": 1 / peer_read, "MB a text": state / 1e6, "softmax MB": cache / 1e6}
+    speed = 32 * B / statistics.median(mine)
+    peer_speed = 32 * B / statistics.median(theirs)
+    weights = figures["parameters"] * bench.dtype.itemsize
+    limit = B * figures["bandwidth"] / (weights + B * state)
+    peer_limit = B * figures["bandwidth"] / (weights + B * cache)
+    yield {
+        "texts": B,
+        "after": past,
+        "tokens/s": speed,
+        "of its limit": round(speed / limit, 2),
+        "softmax": peer_speed,
+        "of softmax's limit": round(peer_speed / peer_limit, 2),
+        "softmax's limit": peer_limit,
+        "ratio": round(speed / peer_speed, 2),
+        "spread": spread(mine, theirs),
+        "prefill tokens/s": 1 / read,
+        "softmax prefill": 1 / peer_read,
+        "MB a text": state / 1e6,
+        "softmax MB": cache / 1e6,
+    }
 
 
 def operation_rows(T, part, configs, bench, device, figures):
     """The operation in all its variants at length T, each beside SDPA."""
     works = {}
-    for name, pair in operations(T, bench, device).items():                       # fla's kernels refuse some machines
-        try:
-            works[name] = (pair, pair[0](), pair[1]())
+    for name, (forward, both) in operations(T, bench, device).items():
+        try:                                                          # fla's kernels refuse some machines
+            forward()
+            both()
+            works[name] = forward, both
         except Exception as error:
             if not name.startswith("fla"):
                 raise
             say(f"{name}: {(str(error) or repr(error)).splitlines()[0][:100]}")
-    times = race([call for pair, *_ in works.values() for call in pair], device, bench.repeats)
+    times = race(list(itertools.chain(*works.values())), device, bench.repeats)
+    sdpa = statistics.median(times[1])
     for name, *columns in zip(works, times[::2], times[1::2]):
-        forward, both = (statistics.median(column) for column in columns)
-        yield {"T": T, "operation": name, "forward, ms": forward * 1e3, "and backward, ms": both * 1e3,
-               "times SDPA's speed": round(statistics.median(times[1]) / both, 2), "spread": spread(*columns)}
+        forward, both = map(statistics.median, columns)
+        yield {
+            "T": T,
+            "operation": name,
+            "forward, ms": forward * 1e3,
+            "and backward, ms": both * 1e3,
+            "times SDPA's speed": round(sdpa / both, 2),
+            "spread": spread(*columns),
+        }
 
 
 def card(bench, train_config, device):
@@ -308,30 +430,47 @@ def card(bench, train_config, device):
     settings = dataclasses.replace(train_config, precision=bench.precision)
     count = min(Windows(files, T, 0).total, -(-settings.eval_tokens // T))
     results = []
-    times = race([lambda: results.append(evaluate(model, files, manifest, settings, device))], device, bench.repeats)[0]
-    row = {"perplexity": results[-1]["ppl"], "tokens": count * T, "T": T,
-           "tokens/s evaluating": count * T / statistics.median(times), "spread": spread(times),
-           "MB a sequence in training": memory_per_sequence(model.config, T, bench, device) / 1e6}
+
+    def evaluate_once():
+        results.append(evaluate(model, files, manifest, settings, device))
+    times, = race([evaluate_once], device, bench.repeats)
+    row = {
+        "perplexity": results[-1]["ppl"],
+        "tokens": count * T,
+        "T": T,
+        "tokens/s evaluating": count * T / statistics.median(times),
+        "spread": spread(times),
+        "MB a sequence in training": memory_per_sequence(model.config, T, bench, device) / 1e6,
+    }
     table(f"The paper card, {checkpoint['config']['dataset']}", [row])
     return row
 
 
 def plot_costs(figures, path):
     """Cost of a token against T, training; and of its decoding, what one text's state takes: ours and softmax's."""
-    panels = [("train", "T", "tokens/s", "softmax", "microseconds a token, training", lambda y: 1e6 / y, "length T"),
-              ("decode", "after", "MB a text", "softmax MB", "MB of state a text, decoding", float, "tokens before")]
-    panels = [panel for panel in panels if panel[0] in figures]
+    mixers = " ".join(figures["config"]["mixers"])
+
+    def draw_part(panel, part, x, keys, cost):
+        texts = figures[part][0].get("texts")
+        rows = [row for row in figures[part] if row.get("texts") == texts]
+        where = [row[x] for row in rows]
+        for key, label in zip(keys, (mixers, "softmax")):
+            panel.plot(where, [cost(row[key]) for row in rows], marker="o", label=label)
+        panel.set(xscale="log", yscale="log")
+        panel.legend()
+        panel.grid(alpha=0.3, which="both")
 
     def draw(axes):
-        for (part, x, mine, theirs, ylabel, cost, xlabel), ax in zip(panels, axes[0]):
-            rows = [row for row in figures[part] if row.get("texts") == figures[part][0].get("texts")]
-            for key, label in ((mine, " ".join(figures["config"]["mixers"])), (theirs, "softmax")):
-                ax.plot([row[x] for row in rows], [cost(row[key]) for row in rows], marker="o", label=label)
-            ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-            ax.legend()
-            ax.grid(alpha=0.3, which="both")
+        panels = list(axes[0])
+        if "train" in figures:
+            draw_part(panels[0], "train", "T", ("tokens/s", "softmax"), lambda speed: 1e6 / speed)
+            panels.pop(0).set(xlabel="length T", ylabel="microseconds a token, training")
+        if "decode" in figures:
+            draw_part(panels[0], "decode", "after", ("MB a text", "softmax MB"), float)
+            panels[0].set(xlabel="tokens before", ylabel="MB of state a text, decoding")
         axes[0, 0].figure.suptitle(figures["machine"])
-    picture(path, draw, ncols=len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    count = len({"train", "decode"} & {*figures})
+    picture(path, draw, ncols=count, figsize=(5 * count, 4), squeeze=False)
 
 
 def vocabulary(config, train_config):
@@ -352,6 +491,9 @@ def main():
         torch.set_float32_matmul_precision("high")
     if bench.plot and not {"train", "decode"} & set(parts):
         raise UserError("--plot draws training and decoding: add train or decode to --parts")
+    for flag in ("json", "plot"):
+        if target := getattr(bench, flag):
+            check_target(Path(target), flag)
     figures = {"card": card(bench, train_config, device)} if "card" in parts else {}
     if parts != ["card"]:
         figures |= measure(bench, config, device)

@@ -37,7 +37,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, fields, replace
@@ -49,9 +48,9 @@ from configurator import UserError, command, configure, help_first, joined, read
 help_first(__name__, __file__)
 
 from support.dataset import Dataset, Windows                                      # support comes before torch
-from support.files import Busy, read_json, replacing, write_json
-from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say
-from support.measure import cast_for_decoding, decoding_times
+from support.files import Busy, check_target, read_json, replacing, write_json
+from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
+from support.measure import cast_for_decoding, decoding_calls
 from support.report import Log, picture, table
 from support.side_by_side import Slots, end_with_parent, environment, visible_gpus
 
@@ -238,17 +237,6 @@ def check_folders(arm, out_dir, data):
             raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
 
 
-def check_target(path, flag):
-    """UserError where path could not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except (OSError, ValueError) as error:                                        # ValueError: a NUL byte in the name
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): use another --{flag}") from None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Trainings
 
@@ -421,13 +409,16 @@ def train_all(arms, config, text):
         return trainings
 
     def evaluate_ended():
-        for training in [training for training in known if training.ended and not training.losses]:
-            training.evaluate(text, config.checkpoints)
+        for training in list(known):
+            if training.ended and not training.losses:
+                training.evaluate(text, config.checkpoints)
 
-    counts = {arm.name: config.seeds + len(arm.rates) * (len(arm.rates) > 1) for arm in arms}
-    planned = sum(arm.train.max_steps * counts[arm.name] for arm in arms)
-    say(f"{sum(counts.values())} trainings or more, {slots.count} at a time")
-    with (futures.ThreadPoolExecutor(sum(1 + max(len(arm.rates), config.seeds) for arm in arms)) as pool,
+    tuned = [arm for arm in arms if len(arm.rates) > 1]
+    count = config.seeds * len(arms) + sum(len(arm.rates) for arm in tuned)
+    planned = count * arms[0].train.max_steps
+    say(f"{count} trainings{' or more' * bool(tuned)}, {slots.count} at a time")
+    threads = sum(1 + max(len(arm.rates), config.seeds) for arm in arms)
+    with (futures.ThreadPoolExecutor(threads) as pool,
           tqdm(unit="step", disable=None, smoothing=0) as bar):
         sweeps = [pool.submit(sweep, arm, config.seeds, train) for arm in arms]
         clock = Clock(config.minutes)
@@ -477,22 +468,27 @@ class Clock:
 
 
 class Text:
-    """The windows of validation text that are read: of each file of it equally many."""
+    """The windows of validation text that are read: of each source of it equally many."""
 
     def __init__(self, data, length, tokens, device):
         self.length, self.device = length, device
-        self.sources = {}                                                         # {name: (windows, how many of them)}
-        long_enough = [file for file in data.val if len(file) > length]
+        files = {}                                                                # {source: its files}
+        for file in data.val:
+            files.setdefault(data.manifest["files"][file.path.name]["source"], []).append(file)
+        long_enough = {name: some for name, some in files.items() if sum(map(len, some)) > length}
         if not long_enough:
-            longest = max(map(len, data.val))
+            longest = max(sum(map(len, some)) for some in files.values())
             raise UserError(f"the report reads windows of --longer times seq_len, {length} tokens, and the longest "
-                            f"validation file has {longest}: take a smaller --longer")
-        for file in long_enough:
-            windows = Windows([file], length, seed=0)
+                            f"validation text has {longest}: take a smaller --longer")
+        if short := files.keys() - long_enough.keys():
+            say(f"not read, for they are shorter than the windows of {length} tokens: {', '.join(sorted(short))}")
+        self.sources = {}                                                         # {name: (windows, how many of them)}
+        for name, some in long_enough.items():
+            windows = Windows(some, length, seed=0)
             count = min(windows.total, math.ceil(tokens / length / len(long_enough)))
-            self.sources[data.manifest["files"][Path(file.filename).name]["source"]] = windows, count
+            self.sources[name] = windows, count
         self.windows = sum(count for _, count in self.sources.values())
-        self.identity = [length, *([name, count] for name, (_, count) in self.sources.items())]
+        self.identity = [length] + [[name, count] for name, (_, count) in self.sources.items()]
 
 
 @torch.no_grad()
@@ -501,8 +497,10 @@ def losses_by_position(model, x, y, piece):
     state, losses = None, []
     for tokens, targets in zip(x.split(piece, dim=1), y.split(piece, dim=1)):
         hidden, state = model.hidden(tokens, state)
-        rows = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))  # logits of a few at a time
-        part = [F.cross_entropy(model.logits(h).float(), target, reduction="none") for h, target in rows]
+        part = []
+        for rows, wanted in zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024)):
+            logits = model.logits(rows).float()                                   # of a few tokens at a time
+            part.append(F.cross_entropy(logits, wanted, reduction="none"))
         losses.append(torch.cat(part).view_as(targets))
     return torch.cat(losses, dim=1)
 
@@ -510,10 +508,18 @@ def losses_by_position(model, x, y, piece):
 def overlapping(model, x, y, T, rows):
     """Mean loss of the tokens beyond T in windows of T that overlap by half, `rows` of them at once."""
     half = max(1, T // 2)
-    pieces = (tokens.unfold(1, T, half)[:, 1:].flatten(0, 1).split(rows) for tokens in (x, y))  # the first is within T
-    losses = [losses_by_position(model, *piece, T)[:, T - half:].flatten() for piece in zip(*pieces)]
-    if rest := (x.shape[1] - T) % half:
-        losses.append(losses_by_position(model, x[:, -T:], y[:, -T:], T)[:, T - rest:].flatten())
+
+    def windows(tokens):
+        later = tokens.unfold(1, T, half)[:, 1:]                                  # the first is within T
+        return later.flatten(0, 1).split(rows)
+    losses = []
+    for inputs, targets in zip(windows(x), windows(y)):
+        last = losses_by_position(model, inputs, targets, T)[:, T - half:]
+        losses.append(last.flatten())
+    rest = (x.shape[1] - T) % half
+    if rest:
+        last = losses_by_position(model, x[:, -T:], y[:, -T:], T)[:, T - rest:]
+        losses.append(last.flatten())
     return torch.cat(losses).mean().item()
 
 
@@ -528,18 +534,27 @@ def read(checkpoint, arm, text):
     seen = T if model.config.pos == "learned" else length
     curves, over, by_source = [], [], {}
     for name, (windows, count) in text.sources.items():
-        total, total_again = 0.0, 0.0
+        total = 0.0
+        total_again = 0.0 if again else math.nan
         for i in range(0, count, rows):
-            x, y = windows.batch(range(i, min(i + rows, count)), model.config.vocab_size, text.device)
+            numbers = range(i, min(i + rows, count))
+            x, y = windows.batch(numbers, model.config.vocab_size, text.device)
             with autocast(text.device, precision):
-                total += losses_by_position(model, x[:, :seen], y[:, :seen], T).cpu().double().sum(0)
-                total_again += overlapping(model, x, y, T, rows) * len(x) if again else math.nan
-        curves.append(F.pad(total / count, (0, length - seen), value=math.nan))
+                losses = losses_by_position(model, x[:, :seen], y[:, :seen], T)
+                if again:
+                    total_again += overlapping(model, x, y, T, rows) * len(x)
+            total += losses.cpu().double().sum(0)
+        curve = F.pad(total / count, (0, length - seen), value=math.nan)
+        curves.append(curve)
         over.append(total_again / count)
-        by_source[name] = curves[-1][:T].mean().item()
-    curve = torch.stack(curves).mean(0)
-    return {"by_position": [round(loss, 6) for loss in curve.tolist()], "overlapping": statistics.fmean(over),
-            "by_source": by_source, "precision": precision}
+        by_source[name] = curve[:T].mean().item()
+    mean = torch.stack(curves).mean(0).tolist()
+    return {
+        "by_position": [round(loss, 6) for loss in mean],
+        "overlapping": statistics.fmean(over),
+        "by_source": by_source,
+        "precision": precision,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -593,7 +608,8 @@ def decoding_costs(arm, config, device, steps=64):
     T = arm.model.seq_len
     model = cast_for_decoding(LM(replace(arm.model, seq_len=16 * T + 1000)).to(device), precision)
     prompt = torch.randint(arm.model.vocab_size, (1, T), device=device)
-    times = decoding_times(model, prompt, steps, device, precision)
+    decode = decoding_calls(model, prompt, steps, device, precision)
+    times = [seconds(decode, device) / steps for _ in range(3)]
     return {"decoding_tokens_per_s": 1 / statistics.median(times), "decoding_precision": precision,
             "state_bytes": [state_size(model, tokens, device, precision) for tokens in (T, 16 * T)]}
 
@@ -622,38 +638,53 @@ def summarise(arm, tuning, trainings, costs, length):
     """All that is known of an arm. Of losses there is one a seed, NaN if it diverged or has no such position."""
     T = arm.model.seq_len
     unknown = {"by_position": [None] * length, "overlapping": None, "by_source": {}, "precision": None}
-    found = [unknown if t.diverged() else t.losses for t in trainings]
-    curves = torch.tensor([[math.nan if x is None else x for x in one["by_position"]] for one in found],
-                          dtype=torch.float64)                                    # (seeds, length)
+    found = [unknown if training.diverged() else training.losses for training in trainings]
+    curves = torch.tensor([numbers(one["by_position"]) for one in found], dtype=torch.float64)  # (seeds, length)
 
     def part(start, end):
         return curves[:, start:end].mean(1).tolist()
-    sources = {name: [one["by_source"].get(name, math.nan) for one in found] for one in found for name in one["by_source"]}
-    return {"name": arm.name, "arguments": arm.arguments, "mixers": arm.model.mixers, "parameters": arm.parameters(),
-            "lr": trainings[0].lr, "tuning": {t.lr: t.loss() for t in tuning}, "seeds": [t.seed for t in trainings],
-            "precisions": [one["precision"] for one in found], "diverged": [t.seed for t in trainings if t.diverged()],
-            "costs": costs or {}, "by_source": sources, "within": part(0, T), "beyond": part(T, length),
-            "beyond_overlapping": [math.nan if one["overlapping"] is None else one["overlapping"] for one in found],
-            "bins": [part(start, end) for start, end in bins(T, length)], "by_position": curves.tolist()}
+    names = {name: None for one in found for name in one["by_source"]}
+    return {
+        "name": arm.name,
+        "arguments": arm.arguments,
+        "mixers": arm.model.mixers,
+        "parameters": arm.parameters(),
+        "lr": trainings[0].lr,
+        "tuning": {training.lr: training.loss() for training in tuning},
+        "seeds": [training.seed for training in trainings],
+        "precisions": [one["precision"] for one in found],
+        "diverged": [training.seed for training in trainings if training.diverged()],
+        "costs": costs or {},
+        "by_source": {name: [one["by_source"].get(name, math.nan) for one in found] for name in names},
+        "within": part(0, T),
+        "beyond": part(T, length),
+        "beyond_overlapping": numbers(one["overlapping"] for one in found),
+        "bins": [part(start, end) for start, end in bins(T, length)],
+        "by_position": curves.tolist(),
+    }
+
+
+def numbers(values):
+    """values with NaN for None, which is how JSON has it."""
+    return [math.nan if value is None else value for value in values]
 
 
 def add_equal_time(arms, results, found):
     """Gives each result the training loss of every seed at the time in which the fastest arm finishes, its seconds,
     and the curve of its first seed."""
     speeds = {r["name"]: r["costs"].get("tokens_per_s") for r in results}
-    known = {name: speed for name, speed in speeds.items() if speed}
-    tokens = arms[0].text()["tokens"]
-    seconds = tokens / max(known.values()) if known else math.nan
+    fastest = max(filter(None, speeds.values()), default=math.nan)
+    seconds = arms[0].text()["tokens"] / fastest
     for r in results:
-        speed, (_, trainings) = speeds[r["name"]], found[r["name"]]
+        speed = speeds[r["name"]]
+        _, trainings = found[r["name"]]
         if not speed:
             continue
         sound = [training for training in trainings if not training.diverged()]
-        losses = [training.loss_at(seconds, speed) for training in sound]
-        r["at_equal_time"] = [math.nan if loss is None else loss for loss in losses]
-        tokens_per_step = trainings[0].arm.tokens_per_step()
-        r["by_time"] = [(record["step"] * tokens_per_step / speed, record["loss"])
-                        for training in sound[:1] for record in training.regular_records()]
+        r["at_equal_time"] = numbers(training.loss_at(seconds, speed) for training in sound)
+        seconds_per_step = trainings[0].arm.tokens_per_step() / speed
+        records = sound[0].regular_records() if sound else []
+        r["by_time"] = [(record["step"] * seconds_per_step, record["loss"]) for record in records]
     return seconds
 
 
@@ -663,7 +694,8 @@ def rank(results):
     reference = next((r for r in results if {*r["mixers"]} == {"softmax"}), results[0])
     of_seed = dict(zip(reference["seeds"], reference["within"]))
     for r in results:
-        r["difference"] = [loss - of_seed.get(seed, math.nan) for seed, loss in zip(r["seeds"], r["within"])]
+        theirs = [of_seed.get(seed, math.nan) for seed in r["seeds"]]
+        r["difference"] = [loss - other for loss, other in zip(r["within"], theirs)]
     results.sort(key=lambda r: (bool(r["diverged"]), statistics.fmean(r["within"])))
     return reference["name"]
 
@@ -679,43 +711,60 @@ def cell(losses, result, form=".3f", spread=True):
 def report(results, reference, T, length, seconds=math.nan):
     rows = []
     for r in results:
-        rows.append({"arm": r["name"], "parameters": f"{r['parameters'] / 1e6:.2f} M", "lr": r["lr"],
-                     "seeds": " ".join(map(str, r["seeds"])), f"positions 0 to {T - 1}": cell(r["within"], r),
-                     f"minus {reference}, by seed": cell(r["difference"], r, "+.3f")})
+        row = {
+            "arm": r["name"],
+            "parameters": f"{r['parameters'] / 1e6:.2f} M",
+            "lr": r["lr"],
+            "seeds": " ".join(map(str, r["seeds"])),
+            f"positions 0 to {T - 1}": cell(r["within"], r),
+            f"minus {reference}, by seed": cell(r["difference"], r, "+.3f"),
+        }
         if length > T:
-            rows[-1] |= {f"{T} to {length - 1}": cell(r["beyond"], r),
-                         f"the same in overlapping windows of {T}": cell(r["beyond_overlapping"], r)}
-        if len(r["by_source"]) > 1:
-            rows[-1] |= {name: cell(losses, r) for name, losses in r["by_source"].items()}
+            row[f"{T} to {length - 1}"] = cell(r["beyond"], r)
+            row[f"the same in overlapping windows of {T}"] = cell(r["beyond_overlapping"], r)
+        if 1 < len(r["by_source"]) <= 4:
+            row |= {name: cell(losses, r) for name, losses in r["by_source"].items()}
+        rows.append(row)
     table("Validation loss in nats a token: mean over the seeds (max - min)", rows)
+
     names = [str(start) if end == start + 1 else f"{start} to {end - 1}" for start, end in bins(T, length)]
-    table("The same by position, mean over the seeds",
-          [{"arm": r["name"]} | {name: cell(losses, r, spread=False) for name, losses in zip(names, r["bins"])}
-           for r in results])
+    rows = []
+    for r in results:
+        cells = [cell(losses, r, spread=False) for losses in r["bins"]]
+        rows.append({"arm": r["name"]} | dict(zip(names, cells)))
+    table("The same by position, mean over the seeds", rows)
+
     rows = []
     for r in results:
         small, large = r["costs"].get("state_bytes", ("none", "none"))
-        rows.append({"arm": r["name"], "training, tokens/s": r["costs"].get("tokens_per_s") or "none",
-                     f"training loss after {seconds:.3g} s": cell(r.get("at_equal_time", []), r),
-                     f"state after {T:,} tokens, bytes": small, f"after {16 * T:,}": large,
-                     "decoding, tokens/s": r["costs"].get("decoding_tokens_per_s", "none")})
+        rows.append({
+            "arm": r["name"],
+            "training, tokens/s": r["costs"].get("tokens_per_s") or "none",
+            f"training loss after {seconds:.3g} s": cell(r.get("at_equal_time", []), r),
+            f"state after {T:,} tokens, bytes": small,
+            f"after {16 * T:,}": large,
+            "decoding, tokens/s": r["costs"].get("decoding_tokens_per_s", "none"),
+        })
     table("What it costs: one training, one text at a time", rows)
 
 
 def plot(results, path, T, length, title):
     """Loss against position, the mean of the seeds and a shade for their range; and training loss against time."""
+    def draw_arm(panels, result):
+        curve = zip(bins(T, length), result["bins"])
+        points = [(math.sqrt((start + 1) * end), losses) for (start, end), losses in curve
+                  if not math.isnan(statistics.fmean(losses))]
+        where = [position for position, _ in points]
+        low = [min(losses) for _, losses in points]
+        high = [max(losses) for _, losses in points]
+        line, = panels[0].plot(where, [statistics.fmean(losses) for _, losses in points], label=result["name"])
+        panels[0].fill_between(where, low, high, color=line.get_color(), alpha=0.2)
+        by_time = [point for point in result.get("by_time", []) if None not in point]
+        panels[1].plot(*smoothed(by_time), color=line.get_color())
+
     def draw(panels):
         for result in results:
-            points = [(math.sqrt((start + 1) * end), statistics.fmean(losses), min(losses), max(losses))
-                      for (start, end), losses in zip(bins(T, length), result["bins"])
-                      if not math.isnan(statistics.fmean(losses))]
-            if not points:
-                continue
-            where, means, low, high = zip(*points)
-            line, = panels[0].plot(where, means, label=result["name"])
-            panels[0].fill_between(where, low, high, color=line.get_color(), alpha=0.2)
-            if curve := [(seconds, loss) for seconds, loss in result.get("by_time", []) if loss is not None]:
-                panels[1].plot(*zip(*smoothed(curve)), color=line.get_color(), label=result["name"])
+            draw_arm(panels, result)
         panels[0].axvline(T, color="gray", linestyle="--", label=f"seq_len in training, {T}")
         panels[0].set(xscale="log", xlabel="position in the window", ylabel="validation loss (nats per token)")
         panels[1].set(xscale="log", xlabel="seconds of training", ylabel="training loss (nats per token)")
@@ -726,10 +775,12 @@ def plot(results, path, T, length, title):
     picture(path, draw, ncols=2, figsize=(13, 5))
 
 
-def smoothed(curve, width=5):
-    """Means of `width` points of [(x, y)] that follow each other."""
-    groups = [curve[i:i + width] for i in range(0, len(curve), width)]
-    return [[statistics.fmean(column) for column in zip(*group)] for group in groups]
+def smoothed(points, width=5):
+    """The x and the y of [(x, y)], as means of `width` points that follow each other."""
+    groups = [points[i:i + width] for i in range(0, len(points), width)]
+    xs = [statistics.fmean(x for x, _ in group) for group in groups]
+    ys = [statistics.fmean(y for _, y in group) for group in groups]
+    return xs, ys
 
 
 @out_of_memory("take a larger --grad_accum, or a smaller --longer")
@@ -750,7 +801,8 @@ def main():
     if len(precisions) > 1:
         say(f"warning: trainings in {' and '.join(precisions)} are compared: --precision and another --out_dir fix it")
     title = (f"{said['dataset']}, {said['tokens']:,} tokens of training, seeds: {config.seeds}, {text.windows} windows "
-             f"of {text.length} tokens; {device_name(text.device)}, {' and '.join(precisions)}, {config.jobs} at a time")
+             f"of {text.length} tokens; {device_name(text.device)}, {' and '.join(precisions)}, "
+             f"{config.jobs} at a time")
     written = {"title": title, "seq_len": T, "length": text.length, "windows": text.windows, "reference": reference,
                "seconds": seconds, "complete": complete, "arms": results}
     write_json(Path(config.out_dir, "results.json"), plain_json(written))

@@ -1,4 +1,4 @@
-"""The Python source of the packages installed here, as text to train on: gathers it, without copies, and holds out packages.
+"""The Python source of the packages installed here, as text to train on: without copies, and with packages held out.
 
     python -m experiments.python_source --out=python
     python prepare.py --dataset=python --data_files='python/*.jsonl.gz'

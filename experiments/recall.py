@@ -116,16 +116,20 @@ class Setting:
     models: tuple          # names: a family, dSIZE the model's width, fSIZE the feature_dim
     decode_batch: int      # sequences decoded at once
     decode_after: int      # tokens that they have read before
-    more_seeds: dict = field(default_factory=dict)                                # {name: seeds}, where runs differ most
+    more_seeds: dict = field(default_factory=dict)  # {name: seeds}, where runs differ most
 
     def seeds_of(self, name):
         return self.more_seeds.get(name, self.seeds)
 
     def config(self, name):
         family, *sizes = name.split()
-        fields = dict(vocab_size=self.vocab_size, seq_len=max(part.T for part in self.test), depth=2, n_heads=1,
-                      pos="none", norm="layer", mlp_ratio=0, dropout=0.1)
-        fields |= FAMILIES[family] | {{"d": "dim", "f": "feature_dim"}[size[0]]: int(size[1:]) for size in sizes}
+        longest = max(part.T for part in self.test)
+        fields = dict(vocab_size=self.vocab_size, seq_len=longest, depth=2, n_heads=1, pos="none", norm="layer",
+                      mlp_ratio=0, dropout=0.1)
+        fields |= FAMILIES[family]
+        for size in sizes:
+            key = {"d": "dim", "f": "feature_dim"}[size[0]]
+            fields[key] = int(size[1:])
         return ModelConfig(**fields)
 
 
@@ -138,19 +142,42 @@ FAMILIES["gated_deltanet"] = FAMILIES["deltanet"] | dict(decay="gated", expand_v
 FULL = Setting(                                                                   # [1, Figure 2]
     vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=2,
     decode_batch=1024, decode_after=1024, more_seeds={"gated_deltanet d64": 3},
-    train=(Part(64, 4, 100_000), *(Part(T, pairs, 20_000) for T, pairs in ((128, 8), (256, 16), (256, 32), (256, 64)))),
-    test=tuple(Part(T, pairs, 1000) for T, pairs in
-               ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))),
+    train=(
+        Part(64, 4, 100_000),
+        Part(128, 8, 20_000),
+        Part(256, 16, 20_000),
+        Part(256, 32, 20_000),
+        Part(256, 64, 20_000),
+    ),
+    test=(
+        Part(64, 4, 1000),
+        Part(64, 8, 1000),
+        Part(64, 16, 1000),
+        Part(128, 32, 1000),
+        Part(256, 64, 1000),
+        Part(512, 128, 1000),
+        Part(1024, 256, 1000),
+    ),
     models=("based d64 f16", "gated_deltanet d64", "softmax d64", "deltanet d64", "based d64 f8", "elu d64",
             "window64 d128", "based d128 f16", "gated_deltanet d128", "deltanet d128", "elu d128", "based d48 f8",
             "softmax d128"))
 SMALL = Setting(
     vocab_size=256, batch_size=64, epochs=6, lrs=(1e-2,), seeds=2, decode_batch=16, decode_after=4096,
-    train=(Part(32, 4, 4096), Part(64, 8, 2048), Part(64, 16, 2048)),
-    test=(Part(32, 4, 256), Part(64, 8, 256), Part(64, 16, 256), Part(128, 32, 256)),
+    train=(
+        Part(32, 4, 4096),
+        Part(64, 8, 2048),
+        Part(64, 16, 2048),
+    ),
+    test=(
+        Part(32, 4, 256),
+        Part(64, 8, 256),
+        Part(64, 16, 256),
+        Part(128, 32, 256),
+    ),
     models=("softmax d32", "based d32 f8", "gated_deltanet d32", "deltanet d32", "elu d32", "window16 d32"))
 SMOKE = dataclasses.replace(
-    FULL, epochs=1, lrs=FULL.lrs[:1], seeds=1, more_seeds={}, train=tuple(part._replace(examples=512) for part in FULL.train),
+    FULL, epochs=1, lrs=FULL.lrs[:1], seeds=1, more_seeds={},
+    train=tuple(part._replace(examples=512) for part in FULL.train),
     test=tuple(part._replace(examples=64) for part in FULL.test),
     models=("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128"))
 
@@ -170,7 +197,8 @@ def distinct(n, count, size, generator, log_weight=0.0):
 
     The order of weights plus Gumbel noise is the order of such draws, so one topk makes them all at once.
     """
-    noise = torch.rand(n, count, generator=generator, device=generator.device).clamp(min=1e-20).log().neg().log().neg()
+    uniform = torch.rand(n, count, generator=generator, device=generator.device).clamp(min=1e-20)
+    noise = uniform.log().neg().log().neg()
     return (noise + log_weight).topk(size, dim=1).indices
 
 
@@ -322,7 +350,8 @@ class Trainer:
         right = []
         for tokens, where, answers in data:
             hits = []
-            for batch in zip(*(x.split(max(1, 2 ** 18 // tokens.shape[1])) for x in (tokens, where, answers))):
+            rows = max(1, 2 ** 18 // tokens.shape[1])
+            for batch in zip(tokens.split(rows), where.split(rows), answers.split(rows)):
                 with autocast(self.device, self.precision):
                     logits = answer_logits(self.model, hidden(self.model, batch[0]), batch[1])
                 hits.append((logits.argmax(-1) == batch[2]).float().sum())
@@ -358,7 +387,7 @@ class Trainer:
                 record["end"] = "diverged"
             elif mean > SOLVED:
                 record["end"] = "solved"
-            elif rival and epoch + 1 == half and mean < rival[min(epoch, len(rival) - 1)]["mean"] - BEHIND:
+            elif rival and epoch + 1 == half and mean < rival[:half][-1]["mean"] - BEHIND:
                 record["end"] = "behind"
             if record["end"] != "all epochs":
                 break
@@ -388,7 +417,11 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
     tokens = torch.randint(config.vocab_size, (batch, after), device=device)
     with autocast(device, precision):
         states = [model.hidden(piece)[1] for piece in tokens.split(64)]
-    state = tree_map(lambda *z: torch.cat(z) if torch.is_tensor(z[0]) and z[0].dim() else z[0], *states)
+
+    def joined(*parts):
+        first = parts[0]
+        return torch.cat(parts) if torch.is_tensor(first) and first.dim() else first
+    state = tree_map(joined, *states)
     del states
 
     def step():
@@ -405,7 +438,7 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All runs, on several processes: each keeps its configurations, and tries all of them at one learning rate, then the next
+# All runs, on several processes: each keeps its configurations, and tries them all at one rate before the next
 
 
 def run_file(folder, name, lr, seed):
@@ -439,10 +472,14 @@ def all_runs(names, setting):
     return [(name, lr, seed) for lr in setting.lrs for name in names for seed in range(setting.seeds_of(name))]
 
 
+def others(runs, name, seed):
+    """The runs of a configuration and seed, at whatever learning rate."""
+    return [run for (its_name, _, its_seed), run in runs.items() if (its_name, its_seed) == (name, seed)]
+
+
 def needless(runs, name, lr, seed):
     """A run that is done, or that cannot change the figure: another learning rate has solved the task."""
-    return (name, lr, seed) in runs or any(
-        run["end"] == "solved" for key, run in runs.items() if key[0] == name and key[2] == seed)
+    return (name, lr, seed) in runs or any(run["end"] == "solved" for run in others(runs, name, seed))
 
 
 class Worker(NamedTuple):
@@ -479,8 +516,8 @@ def work(worker, epochs_done):
                 return
             if name not in trainers:
                 trainers[name] = usable(name, setting, device, worker.precision, worker.use_graphs, train_data)
-            others = [run["history"] for key, run in runs.items() if key[0] == name and key[2] == seed]
-            rival = max(others, key=lambda history: history[-1]["mean"], default=None)
+            rivals = [run["history"] for run in others(runs, name, seed)]
+            rival = max(rivals, key=lambda history: history[-1]["mean"], default=None)
             record = trainers[name].run(lr, seed, train_data, test_data, setting.epochs, worker.deadline, rival, tell)
             if record is None:
                 return
@@ -529,8 +566,10 @@ def plan(names, setting, folder, device, precision, args, deadline):
     workers = []
     for i in range(count):
         mine = {*units[i::count]}
-        workers.append(Worker(i, [run for run in runs if (run[0], run[2]) in mine], setting, folder, str(device),
-                              gpus[i % len(gpus)], precision, args.compile, threads, deadline))
+        its_runs = [(name, lr, seed) for name, lr, seed in runs if (name, seed) in mine]
+        gpu = gpus[i % len(gpus)]
+        workers.append(Worker(i, its_runs, setting, folder, str(device), gpu, precision, args.compile, threads,
+                              deadline))
     return workers
 
 
@@ -594,20 +633,24 @@ def plot_tradeoff(rows, path, title, after, with_published):
     """Accuracy against bytes of state, and against decoding speed; bars are the range over seeds, crosses published."""
     families = list(dict.fromkeys(row["model"].split()[0] for row in rows))
 
+    def draw_family(panel, key, family, color, labels, obstacles):
+        mine = [row for row in rows if row["model"].split()[0] == family]
+        mine.sort(key=lambda row: row[key])
+        for row in mine:
+            x, y = row[key], row["accuracy"]
+            below, above = y - row["lowest"], row["highest"] - y
+            panel.errorbar(x, y, [[below], [above]], fmt="o", color=color, capsize=3)
+            labels.append((x, y, row["model"], color))
+            obstacles += [(x, y - part * below) for part in (0, 0.5, 1)] + [(x, y + part * above) for part in (0.5, 1)]
+            if with_published and key == "state, bytes" and row["model"] in PUBLISHED:
+                obstacles.append(PUBLISHED[row["model"]])
+                panel.plot(*PUBLISHED[row["model"]], "x", color=color, markersize=8)
+        panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], color=color)
+
     def draw_panel(panel, key):
         labels, obstacles = [], []
         for i, family in enumerate(families):
-            mine = sorted((row for row in rows if row["model"].split()[0] == family), key=lambda row: row[key])
-            xs, ys, low, high = ([row[column] for row in mine] for column in (key, "accuracy", "lowest", "highest"))
-            bars = [[y - bottom for y, bottom in zip(ys, low)], [top - y for y, top in zip(ys, high)]]
-            panel.errorbar(xs, ys, bars, fmt="o-", color=f"C{i}", capsize=3)
-            labels += [(x, y, row["model"], f"C{i}") for x, y, row in zip(xs, ys, mine)]
-            for x, bottom, top in zip(xs, low, high):
-                obstacles += [(x, bottom + part * (top - bottom)) for part in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-            theirs = [PUBLISHED[row["model"]] for row in mine if with_published and row["model"] in PUBLISHED]
-            if theirs and key == "state, bytes":
-                panel.plot(*zip(*theirs), "x", color=f"C{i}", markersize=8)
-                obstacles += theirs
+            draw_family(panel, key, family, f"C{i}", labels, obstacles)
         panel.set(xscale="log", ylim=(None, 1.05))
         panel.margins(x=0.25)
         panel.grid(alpha=0.3, which="both")
@@ -620,7 +663,8 @@ def plot_tradeoff(rows, path, title, after, with_published):
         if with_published:
             panels[0].plot([], [], "x", color="gray", markersize=8, label="published, in the color of its point")
             panels[0].legend(fontsize=8, loc="lower right")
-        panels[0].set(xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings", title=title)
+        panels[0].set(xlabel="state of a sequence, bytes (fp32)", ylabel="accuracy, mean over test settings")
+        panels[0].set_title(title)
         panels[1].set(xlabel=f"decoding, tokens per second, after {after} tokens")
     picture(path, draw, ncols=2, figsize=(15, 7), sharey=True)
 
@@ -645,15 +689,17 @@ def place_labels(panel, labels, obstacles):
         width, height = 4.4 * len(text), 8
         places = []
         for far in (8, 14, 22, 32):
-            beside = [(far, -3), (-far - width, -3)]
-            around = [(left, up) for up in (far, -far - height) for left in (4, -4 - width, -width / 2)]
-            places += beside + around
-        boxes = [(px + left * pixels, py + up * pixels, px + (left + width) * pixels, py + (up + height) * pixels)
-                 for left, up in places]
-        free = [i for i, box in enumerate(boxes) if is_free(box, taken, points)]
-        best = free[0] if free else 0
-        taken.append(boxes[best])
-        panel.annotate(text, (x, y), places[best], textcoords="offset points", fontsize=7.5, color=color)
+            places += [(far, -3), (-far - width, -3)]
+            for up in (far, -far - height):
+                places += [(4, up), (-4 - width, up), (-width / 2, up)]
+
+        def box(place):
+            left = px + place[0] * pixels
+            bottom = py + place[1] * pixels
+            return left, bottom, left + width * pixels, bottom + height * pixels
+        best = next((place for place in places if is_free(box(place), taken, points)), places[0])
+        taken.append(box(best))
+        panel.annotate(text, (x, y), best, textcoords="offset points", fontsize=7.5, color=color)
 
 
 def is_free(box, taken, points, margin=4):

@@ -9,7 +9,7 @@ import prepare
 import train
 from configurator import UserError
 from experiments import bench
-from model import ModelConfig
+from model import LM, ModelConfig
 
 SMALL = ["--dim=16", "--depth=2", "--n_heads=2", "--vocab_size=100", "--device=cpu", "--precision=fp32", "--repeats=2",
          "--tokens=128"]
@@ -43,6 +43,48 @@ def test_the_state_of_linear_attention_is_flat_and_the_cache_grows():
         sizes = [bench.decoding(ModelConfig(**vars(config) | {"mixers": mixers}), past, 3, options, torch.device("cpu"))[2]
                  for past in (40, 400)]
         assert sizes[1] == pytest.approx(grows * sizes[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("short_conv", [False, True])
+def test_the_preallocated_cache_of_the_peer_gives_what_the_growing_one_gives(short_conv):
+    def model(mixers):
+        torch.manual_seed(0)
+        return LM(ModelConfig(dim=16, depth=2, n_heads=2, vocab_size=50, mixers=mixers, pos="rope", short_conv=short_conv)).eval()
+    growing, fixed = model("softmax"), model("fixed_cache")
+    prompt = torch.randint(50, (3, 7))
+    with torch.no_grad():
+        (_, state), (_, other) = growing(prompt[:, :6]), fixed(prompt[:, :6])
+        wanted, _ = growing(prompt[:, 6:], state=state)
+        other["layers"] = [bench.longer(layer, "fixed_cache", 6) for layer in other["layers"]]
+        shapes = [cache.shape for _, caches in other["layers"] for cache in caches]
+        found, after = fixed(prompt[:, 6:], state=other)
+    torch.testing.assert_close(found, wanted)
+    assert [cache.shape for _, caches in after["layers"] for cache in caches] == shapes   # so it can be recorded
+
+
+def test_decoding_is_timed_on_what_generate_makes(monkeypatch):
+    made = []
+    generate = LM.generate
+
+    def counted(self, *arguments, **options):
+        for result in generate(self, *arguments, **options):
+            made.append(1)
+            yield result
+    monkeypatch.setattr(LM, "generate", counted)
+    options = bench.BenchConfig(prefill=64, precision="fp32")
+    call, _, _ = bench.decoding(ModelConfig(dim=16, depth=1, n_heads=2, vocab_size=50), 9, 2, options, torch.device("cpu"))
+    before = len(made)
+    call()
+    assert len(made) - before == 32
+
+
+@pytest.mark.parametrize("flag", ["json", "plot"])
+def test_what_cannot_be_written_is_known_before_measuring(flag, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file/b.out"):
+        with pytest.raises(UserError, match=f"cannot write .*: use another --{flag}"):
+            run(monkeypatch, *SMALL, f"--{flag}={path}")
 
 
 def test_the_form_timed_is_the_operation():

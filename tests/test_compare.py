@@ -350,20 +350,22 @@ def test_overlapping_windows_predict_each_token_beyond_from_half_a_window_or_mor
     assert found == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
-def test_each_validation_file_is_read_as_much_as_the_others_and_told_apart(tmp_path):
-    long, short = (FakeFile(tmp_path / f"val-0000{i}.bin", range(size)) for i, size in enumerate((2000, 400)))
-    data = SimpleNamespace(val=[long, short, FakeFile(tmp_path / "val-00002.bin", range(9))], manifest={"files": {
-        f"val-0000{i}.bin": {"source": name} for i, name in enumerate(("mix", "python", "tiny"))}})
+def test_each_source_of_validation_is_read_as_much_as_the_others_and_told_apart(tmp_path, capsys):
+    names = {"mix": 2000, "python": 300, "python ": 300, "tiny": 9}
+    files = [FakeFile(tmp_path / f"val-0000{i}.bin", range(size)) for i, size in enumerate(names.values())]
+    data = SimpleNamespace(val=files, manifest={"files": {
+        file.path.name: {"source": name.strip()} for file, name in zip(files, names)}})
     text = compare.Text(data, 16, 16 * 40, torch.device("cpu"))
     assert {name: count for name, (_, count) in text.sources.items()} == {"mix": 20, "python": 20}
-    with pytest.raises(UserError, match="3000 tokens, and the longest validation file has 2000: take a smaller --longer"):
+    assert "not read, for they are shorter than the windows of 16 tokens: tiny" in capsys.readouterr().err
+    with pytest.raises(UserError, match="3000 tokens, and the longest validation text has 2000: take a smaller --longer"):
         compare.Text(data, 3000, 100, torch.device("cpu"))
 
 
 class FakeFile(np.ndarray):
     def __new__(cls, path, tokens):
         array = np.array(tokens, np.uint16).view(cls)
-        array.filename = path
+        array.path = path
         return array
 
 

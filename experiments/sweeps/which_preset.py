@@ -3,8 +3,8 @@
     python prepare.py --dataset=mix --data_files='mix/*.json.gz'
     python -m experiments.compare experiments/sweeps/which_preset.py --minutes=8
 
-30 trainings of 45 M parameters; about 8 minutes on four H100s, half an hour on one. The rate was the best of 0.005, 0.01
-and 0.02 for nearly all arms; --lrs=0.005,0.01,0.02 searches for each arm's own.
+30 trainings of 45 M parameters. The rate was the best of 0.005, 0.01 and 0.02 for nearly all arms;
+--lrs=0.005,0.01,0.02 searches for each arm's own.
 """
 arms = ["config/softmax.py", "config/softmax.py,short_conv=True", "config/hybrid.py", "config/hybrid_softmax.py",
         "config/gated_deltanet.py", "config/deltanet.py", "config/retnet.py", "config/based.py", "config/base.py",

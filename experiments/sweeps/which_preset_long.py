@@ -4,7 +4,7 @@
     python prepare.py --dataset=mix_python --data_files='mix/*.json.gz python/*.jsonl.gz'
     python -m experiments.compare experiments/sweeps/which_preset_long.py --minutes=9
 
-20 trainings of 2,000 steps; about 15 minutes on four H100s. Mix and source are validated each apart.
+20 trainings of 2,000 steps. Mix and source are validated each apart.
 """
 arms = ["config/softmax.py", "config/softmax.py,short_conv=True", "config/hybrid.py", "config/hybrid_softmax.py",
         "config/gated_deltanet.py", "config/deltanet.py", "config/retnet.py", "config/based.py", "config/base.py",
