@@ -490,7 +490,7 @@ class Text:
         for file in long_enough:
             windows = Windows([file], length, seed=0)
             count = min(windows.total, math.ceil(tokens / length / len(long_enough)))
-            self.sources[data.manifest["files"][Path(file.filename).name]["source"]] = windows, count
+            self.sources[data.manifest["files"][file.path.name]["source"]] = windows, count
         self.windows = sum(count for _, count in self.sources.values())
         self.identity = [length, *([name, count] for name, (_, count) in self.sources.items())]
 

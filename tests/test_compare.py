@@ -23,7 +23,7 @@ from checkpoint import load_checkpoint, load_model
 from configurator import UserError, command
 from experiments import compare
 from model import LM, ModelConfig
-from support.dataset import Dataset, Windows
+from support.dataset import Dataset, TokenFile, Windows
 from support.files import locked
 from test_train import as_it_was, data  # noqa: F401 (fixtures)
 
@@ -351,20 +351,15 @@ def test_overlapping_windows_predict_each_token_beyond_from_half_a_window_or_mor
 
 
 def test_each_validation_file_is_read_as_much_as_the_others_and_told_apart(tmp_path):
-    long, short = (FakeFile(tmp_path / f"val-0000{i}.bin", range(size)) for i, size in enumerate((2000, 400)))
-    data = SimpleNamespace(val=[long, short, FakeFile(tmp_path / "val-00002.bin", range(9))], manifest={"files": {
-        f"val-0000{i}.bin": {"source": name} for i, name in enumerate(("mix", "python", "tiny"))}})
+    files = [tmp_path / f"val-0000{i}.bin" for i in range(3)]
+    for path, size in zip(files, (2000, 400, 9)):
+        np.arange(size, dtype=np.uint16).tofile(path)
+    data = SimpleNamespace(val=[TokenFile(path, np.uint16) for path in files], manifest={"files": {
+        path.name: {"source": name} for path, name in zip(files, ("mix", "python", "tiny"))}})
     text = compare.Text(data, 16, 16 * 40, torch.device("cpu"))
     assert {name: count for name, (_, count) in text.sources.items()} == {"mix": 20, "python": 20}
     with pytest.raises(UserError, match="3000 tokens, and the longest validation file has 2000: take a smaller --longer"):
         compare.Text(data, 3000, 100, torch.device("cpu"))
-
-
-class FakeFile(np.ndarray):
-    def __new__(cls, path, tokens):
-        array = np.array(tokens, np.uint16).view(cls)
-        array.filename = path
-        return array
 
 
 def test_the_loss_at_equal_time_is_of_the_last_tenth_of_it(tmp_path):
