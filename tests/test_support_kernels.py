@@ -1,5 +1,5 @@
-"""Claims about support/kernels.py: on a GPU the Triton kernels are the recurrence of model.py, in values, states and all
-gradients, against a loop over tokens in float64. With no GPU they are skipped, unless Triton interprets them:
+"""Claims about support/kernels.py: on a GPU the Triton kernels are the recurrence of model.py, in values, states and
+all gradients, against a loop over tokens in float64. With no GPU they are skipped, unless Triton interprets them:
     pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_support_kernels.py
 """
 import math
@@ -116,7 +116,10 @@ def test_without_a_state_it_starts_from_zeros(rule):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("T", [200, 1024])
 def test_half_precision_inputs_cost_only_their_rounding(T, rule, dtype):
-    compare(operands(T, rule, dtype=dtype), LIMIT[dtype])
+    x = operands(T, rule, dtype=dtype)
+    if "beta" in x:
+        x["beta"] = (x["beta"] / 2).detach().requires_grad_()        # above 1, roundings do not fade
+    compare(x, LIMIT[dtype])
 
 
 @runs
@@ -128,7 +131,7 @@ def test_the_sum_of_weights_is_divided_by_and_differentiated(dtype, normaliser, 
 
 
 @runs
-@pytest.mark.parametrize("K, V", [(3, 5), (70, 1), (1, 70)] if INTERPRETED else WIDTHS)
+@pytest.mark.parametrize("K, V", [(3, 5), (70, 1), (5, 70)] if INTERPRETED else WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
 def test_any_width_up_to_256(dtype, K, V):
     T = 18 if INTERPRETED else 130
