@@ -842,13 +842,17 @@ class Eager(torch.autograd.Function):
 # The operation, as model.py calls it
 
 
-def available(q, v):
-    """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, widths where they are fast."""
-    if triton is None or not q.is_cuda or torch.version.hip is not None:
+def runs_on(x):
+    """Whether Triton is there and x on an Nvidia GPU from Ampere on, in 16 or 32 bits."""
+    if triton is None or not x.is_cuda or torch.version.hip is not None:
         return False
-    supported = q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    fits = q.shape[-1] <= 128 and v.shape[-1] <= 256
-    return supported and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    supported = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return supported and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def available(q, v):
+    """Whether to run the kernels: where they can, for widths where they are fast."""
+    return runs_on(q) and q.shape[-1] <= 128 and v.shape[-1] <= 256
 
 
 def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=64):
@@ -888,3 +892,53 @@ def run(q, k, v, log_decay, beta, q_sum, k_sum, state, norm, chunk_size):
     operation = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else Eager.apply
     y, state, *_ = operation(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size)
     return y, state[:, :, :K]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss, as speedups.py calls it
+
+
+@jit
+def softmax_loss_row(
+    logits, targets,
+    losses,
+    width, vocab,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """log(sum_j exp(logits_j)) - logits_target of one row; and in its place the gradient, softmax - one_hot.
+
+    The second pass goes from the end of the row, which the L2 cache still holds, to its start. 5,336 rows of 50,304 in
+    bf16 take 0.55 ms on an H100; read once and written once, they would take 0.36.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    target = tl.load(targets + row)
+    at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    highest = float("-inf")
+    total = tl.zeros((BLOCK,), tl.float32)
+    N = tl.cdiv(width, BLOCK)
+    for n in range(N):
+        j = n * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + j, mask=j < vocab, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    log_z = highest + tl.log(tl.sum(total, 0))
+    counted = target >= 0
+    tl.store(losses + row, tl.where(counted, log_z - at_target, 0.0))
+    if GRADIENT:
+        for step in range(N):
+            j = (N - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(logits + j, mask=j < vocab, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+            gradient = tl.exp(x - log_z) - tl.where(j == target, 1.0, 0.0)
+            gradient = tl.where(counted, gradient, 0.0)
+            tl.store(logits + j, gradient, mask=j < width, eviction_policy="evict_first")
+
+
+def softmax_loss(logits, targets, vocab_size, with_grad):
+    """SoftmaxLoss of speedups.py in one kernel. The gradient takes the place of the logits (rows,width)."""
+    rows, width = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(logits):
+        softmax_loss_row[rows,](logits, targets, losses, width, vocab_size, GRADIENT=with_grad, BLOCK=4096, num_warps=8)
+    return losses.sum(), logits if with_grad else None

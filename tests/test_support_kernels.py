@@ -242,6 +242,24 @@ def test_under_autocast_everything_multiplied_has_its_dtype(normaliser):
     assert [gradient.dtype for gradient in gradients] == [value.dtype for value in x.values()]
 
 
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_of_a_row_of_logits_is_cross_entropy_and_its_gradient_takes_their_place(dtype):
+    logits = (3 * torch.randn(7, 5000)).to(dtype).to(DEVICE)
+    logits[3, 4096] = 80.0                                                        # a certain token
+    targets = torch.tensor([0, 4095, 4096, 4096, 4899, -1, 17], device=DEVICE)
+    exact = logits[:, :4900].double().requires_grad_()                           # the other 100 columns are padding
+    wanted = F.cross_entropy(exact, targets, ignore_index=-1, reduction="sum")
+    wanted.backward()
+    loss, nothing = kernels.softmax_loss(logits.clone(), targets, 4900, False)
+    same_loss, gradient = kernels.softmax_loss(logits, targets, 4900, True)
+    assert nothing is None and loss == same_loss and gradient.dtype == dtype
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-6, atol=0)
+    assert (gradient[:, 4900:] == 0).all() and (gradient[5] == 0).all()
+    error = (gradient[:, :4900].double() - exact.grad).norm() / exact.grad.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_without_triton_it_imports_and_says_that_it_is_not_available():
     script = "import sys; sys.modules['triton'] = None; from support import kernels; import torch; " \
              "x = torch.ones(1, 1, 1, 8); assert not kernels.available(x, x)"
