@@ -1,26 +1,27 @@
-"""The chunked form on a GPU, in Triton: the same numbers as plain PyTorch. Used where both are there, never required.
+"""The chunked form of linear attention on a GPU, in Triton: the same numbers as `chunked` of model.py, faster.
 
-Plain PyTorch writes every intermediate of the chunked form to memory: scores, decays, a state per chunk, and all of it
-again for the gradients. Here a chunk's scores live and die in registers. What is still written is one state per chunk,
-in the dtype of the matrix products (bf16 inputs: bf16; a product would round it anyway; sums over time stay in fp32).
+Plain PyTorch writes every intermediate of a chunk to memory: scores, decays, and all of it again for the gradients.
+Here they live and die in registers. What is still written is one state per chunk, in the dtype of the matrix products
+(bf16 inputs: bf16, to which a product would round it anyway). Sums over time stay in fp32.
 
-With c the running sum of g in a chunk of C tokens, D_ij = exp(c_i - c_j) for i >= j else 0, P = (Q K^T) D and, for the
-delta rule, X = (I + tril(b K K^T D, -1))^{-1}:
+The letters are those of model.py. For a chunk of C tokens that starts from the state S_0:
 
-    U  = V                            or, delta rule,    U = X b R,   R = V - exp(c) K S_0
-    Y  = exp(c) Q S_0 + P U                              S_1 = exp(c_C) S_0 + K^T exp(c_C - c) U
+    P   = Q K^T * D                                     D_ij = exp(G_i - G_j) for i >= j, else 0
+    Y   = since_start Q S_0 + P U                       S_1  = left S_0 + (until_end K)^T U
+    U   = V                                             plain
+    U   = X b (V - since_start K S_0)                   delta rule, with X = (I + tril(b K K^T * D, -1))^{-1}
 
-  forward    invert          X of every chunk                                         (delta rule only)
-             scan_forward    S_0 of every chunk, one after the other
-             outputs         Y of every chunk
-  backward   row_dots        gradient of the normaliser z                             (normaliser only)
-             scan_backward   dS_1 of every chunk, last to first
-             gradients       dq, dk, dv, dg, db of every chunk
+    forward    delta_solve     X of every chunk                        (delta rule)
+               scan            S_0 of every chunk, first to last       (delta rule: delta_scan)
+               outputs         Y of every chunk
+    backward   sum_back        dz, of every sum of weights             (normaliser)
+               scan_back       dS_1 of every chunk, last to first      (delta rule: delta_scan_back)
+               gradients       all others, of every chunk
 
-Scans run in parallel over batch, head and blocks of V; the others over chunks too. Nothing else is kept for backward: P
-and U are recomputed, a product being cheaper than its bytes. Sum normaliser: y = Y / z with z = exp(c) Q Z_0 + P 1,
-where Z is the state's ones column, kept as a vector beside S. The Q and K of z may be others than those of Y (rope
-turns the numerator alone): NORM is "none", "own" (the same Q and K) or "other" (qz and kz).
+The scans run in parallel over batch, heads and blocks of S; the others over chunks too. P is computed again in
+backward: a product costs less than its bytes. The normaliser divides Y by the sum of weights, since_start Q Z_0 + P 1,
+where Z is the state's column of ones, a vector beside S. Its Q and K may be others than those of Y, as rope turns the
+numerator alone: NORM is "none", "own" (the same Q and K) or "other" (q_sum and k_sum).
 """
 import types
 
@@ -32,45 +33,68 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:                                                               # then available() is False
-    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda kernel: kernel
+except ImportError:                                                 # then available() is False
+    triton = None
+    tl = types.SimpleNamespace(constexpr=None)
+    jit = lambda kernel: kernel
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the kernels share. A tensor (B,H,T,D) comes as a tuple of its pointer and its strides over B, H and T, so that
-# transposed views need no copy. bh numbers the pairs of batch and head.
+# What the kernels share. A tensor (B,H,T,D) or (B,H,T) comes as a tuple of its pointer and its strides over B, H and T,
+# so that transposed views need no copy; head() turns it into the same of one head, a pointer and a stride over T.
+# Capitals are model.py's sizes, and flags, known when a kernel is compiled. BK and BV are widths of blocks of K and V.
 
 
 @jit
-def load(x, bh, H, row, rows, col, cols, R: tl.constexpr, C: tl.constexpr):
-    """The (R,C) tile of x[b, h] that starts at (row, col); zeros from rows and from cols on."""
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
-    start = x[0] + (bh // H) * x[1] + (bh % H) * x[2] + tl.cast(row, tl.int64) * x[3] + col
-    return tl.load(start + (i * x[3] + j), mask=(row + i < rows) & (col + j < cols), other=0)
+def program(blocks, N):
+    """Which block, chunk, and pair of batch and head this program computes. Blocks of one chunk run side by side."""
+    i = tl.program_id(0)
+    return i % blocks, i // blocks % N, (i // blocks // N).to(tl.int64)
 
 
 @jit
-def store(x, tile, bh, H, row, rows, col, cols, R: tl.constexpr, C: tl.constexpr):
-    i, j = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
-    start = x[0] + (bh // H) * x[1] + (bh % H) * x[2] + tl.cast(row, tl.int64) * x[3] + col
-    tl.store(start + (i * x[3] + j), tile, mask=(row + i < rows) & (col + j < cols))
+def head(x, bh, H):
+    return x[0] + (bh // H) * x[1] + (bh % H) * x[2], x[3]
 
 
 @jit
-def load_row(x, start, n, fill, C: tl.constexpr):
-    """x[start : start + C] of a contiguous x, with fill from start + n on."""
-    i = tl.arange(0, C)
-    return tl.load(x + start + i, mask=i < n, other=fill).to(tl.float32)
+def load(x, row, rows, col, cols, R, C):
+    """The (R,C) tile of a head that starts at (row, col), with zeros from rows and from cols on."""
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, C)[None, :]
+    start = x[0] + tl.cast(row, tl.int64) * x[1] + col
+    return tl.load(start + (i * x[1] + j), mask=(row + i < rows) & (col + j < cols), other=0)
 
 
 @jit
-def store_row(x, row, start, n, C: tl.constexpr):
-    i = tl.arange(0, C)
-    tl.store(x + start + i, row, mask=i < n)
+def store(x, tile, row, rows, col, cols, R, C):
+    i = tl.arange(0, R)[:, None]
+    j = tl.arange(0, C)[None, :]
+    start = x[0] + tl.cast(row, tl.int64) * x[1] + col
+    tl.store(start + (i * x[1] + j), tile, mask=(row + i < rows) & (col + j < cols))
 
 
 @jit
-def dot(a, b, PREC: tl.constexpr):
+def load_row(x, start, stop, C):
+    """C elements of a head (T,) from start on, with zeros from stop on."""
+    i = start + tl.arange(0, C)
+    return tl.load(x[0] + i * x[1], mask=i < stop, other=0).to(tl.float32)
+
+
+@jit
+def store_row(x, row, start, stop, C):
+    i = start + tl.arange(0, C)
+    tl.store(x[0] + i * x[1], row, mask=i < stop)
+
+
+@jit
+def row_of(x, i):
+    """Row i of a head (rows,T), as a head (T,)."""
+    return x[0] + i * x[1], 1
+
+
+@jit
+def dot(a, b, PREC):
     """a @ b, summed in fp32; PREC is what its operands are rounded to."""
     if PREC == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
@@ -79,26 +103,47 @@ def dot(a, b, PREC: tl.constexpr):
 
 
 @jit
-def decays(g, start, n, C: tl.constexpr, DECAY: tl.constexpr):
-    """c, and the factors exp(c) from the chunk's start, exp(c_C - c) to its end, exp(c_C) through it."""
+def decays(g, t, T, C, DECAY):
+    """G, since_start, until_end and left of the chunk at t. G is the sum of two vectors: differences keep their digits.
+
+    exp(-128) is 0 in fp32, so smaller g count as -128: they are resets. Multiples of 1/1024 down to -128 C then add up
+    without rounding, and what is left of each g is below 1/1024.
+    """
     if DECAY:
-        c = tl.cumsum(load_row(g, start, n, 0.0, C), 0)
-        end = tl.sum(tl.where(tl.arange(0, C) == C - 1, c, 0.0), 0)
-        return c, tl.exp(c), tl.exp(end - c), tl.exp(end)
+        g_t = load_row(g, t, T, C)
+        g_t = tl.where(g_t < -128, -128.0, g_t)
+        coarse = tl.floor(g_t * 1024 + 0.5) / 1024
+        fine = g_t - coarse
+        G = (tl.cumsum(coarse, 0), tl.cumsum(fine, 0))
+        G_C = (tl.sum(coarse, 0), tl.sum(fine, 0))
+        until_end = tl.exp((G_C[0] - G[0]) + (G_C[1] - G[1]))
+        return G, tl.exp(G[0] + G[1]), until_end, tl.exp(G_C[0] + G_C[1])
     else:
         one = tl.full((C,), 1.0, tl.float32)
-        return one, one, one, 1.0
+        return (one, one), one, one, 1.0
 
 
 @jit
-def decayed(scores, c, C: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr):
-    """scores * D, without the diagonal if so asked. Masked before exp, never exp(c_i) exp(-c_j): both can overflow."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    seen = (i >= j) if DIAGONAL else (i > j)
+def decay_matrix(G, C, DECAY):
+    """D. Masked before exp, which overflows above the diagonal; never exp(G_i) exp(-G_j), for the same reason."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
     if DECAY:
-        return scores * tl.exp(tl.where(seen, c[:, None] - c[None, :], float("-inf")))
+        between = (G[0][:, None] - G[0][None, :]) + (G[1][:, None] - G[1][None, :])
+        return tl.exp(tl.where(i >= j, between, float("-inf")))
     else:
-        return tl.where(seen, scores, 0.0)
+        return tl.where(i >= j, 1.0, 0.0)
+
+
+@jit
+def scores(q, k, t, T, K, C, BK, PREC):
+    """Q K^T of the chunk at t."""
+    QK = tl.zeros((C, C), tl.float32)
+    for col in range(0, K, BK):
+        queries = load(q, t, T, col, K, C, BK)
+        keys = load(k, t, T, col, K, C, BK)
+        QK += dot(queries, tl.trans(keys), PREC)
+    return QK
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,424 +151,794 @@ def decayed(scores, c, C: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.conste
 
 
 @jit
-def invert(k, g, b, x, H, T, K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
-           DECAY: tl.constexpr, PREC: tl.constexpr):
-    """X = (I + L)^{-1} with L = tril(b K K^T D, -1), for one chunk.
+def scan(
+    k, v, k_sum, g, state,
+    starts, sum_starts, final,                                      # what it writes stands on a line of its own
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+):
+    """S_1 = left S_0 + (until_end K)^T V, chunk after chunk, for one block of S; writes every S_0.
+
+    The last programs of a head do the same for Z.
+    """
+    key_blocks: tl.constexpr = (K + BK - 1) // BK
+    states: tl.constexpr = key_blocks * ((V + BV - 1) // BV)
+    sums: tl.constexpr = key_blocks if NORM != "none" else 0
+    block, n, bh = program(states + sums, 1)
+    row = block % key_blocks * BK
+    col = block // key_blocks * BV
+    k = head(k, bh, H)
+    v = head(v, bh, H)
+    k_sum = head(k_sum, bh, H)
+    g = head(g, bh, H)
+    state = head(state, bh, H)
+    starts = head(starts, bh, H)
+    sum_starts = head(sum_starts, bh, H)
+    final = head(final, bh, H)
+    if block < states:
+        scan_states(k, v, g, state, starts, final, row, col, T, K, V, C, BK, BV, DECAY, PREC)
+    if NORM != "none":
+        if block >= states:
+            scan_sums(k_sum, g, state, sum_starts, final, row, T, K, V, C, BK, DECAY)
+
+
+@jit
+def scan_states(k, v, g, state, starts, final, row, col, T, K, V, C, BK, BV, DECAY, PREC):
+    S = load(state, row, K, col, V, BK, BV)
+    for n in range(tl.cdiv(T, C)):
+        t = n * C
+        store(starts, S, n * K + row, n * K + K, col, V, BK, BV)
+        keys = load(k, t, T, row, K, C, BK)
+        values = load(v, t, T, col, V, C, BV)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        S = left * S + dot(tl.trans(keys), values * until_end[:, None], PREC)
+    store(final, S, row, K, col, V, BK, BV)
+
+
+@jit
+def scan_sums(k, g, state, sum_starts, final, row, T, K, V, C, BK, DECAY):
+    Z = tl.sum(load(state, row, K, V, V + 1, BK, 1), 1)
+    for n in tl.range(tl.cdiv(T, C), num_stages=3):         # loads ahead, also without a product
+        t = n * C
+        store_row(sum_starts, Z, n * K + row, n * K + K, BK)
+        keys = load(k, t, T, row, K, C, BK)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        Z = left * Z + tl.sum(keys * until_end[:, None], 0)
+    store(final, Z[:, None], row, K, V, V + 1, BK, 1)
+
+
+@jit
+def delta_solve(
+    k, g, b,
+    x,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LOG_C: tl.constexpr,
+    DECAY: tl.constexpr, PREC: tl.constexpr,
+):
+    """X = (I + L)^{-1} with L = tril(b K K^T * D, -1), for one chunk.
 
     Inverses of the diagonal blocks of n tokens give those of 2n: of [[A, 0], [M, B]] it is [[A', 0], [-B' M A', B']],
     which on the whole matrix is X - X M X, M holding the lower left quarters. LOG_C doublings, from X = I.
     """
-    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * C
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    keys = load(k, bh, H, t, T, 0, K, C, BK)
-    c, _, _, _ = decays(g, bh * T + t, T - t, C, DECAY)
-    beta = load_row(b, bh * T + t, T - t, 0.0, C)
-    L = beta[:, None] * decayed(dot(keys, tl.trans(keys), PREC), c, C, DECAY, False)
+    block, n, bh = program(1, tl.cdiv(T, C))
+    t = n * C
+    k = head(k, bh, H)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    G, since_start, until_end, left = decays(head(g, bh, H), t, T, C, DECAY)
+    beta = load_row(head(b, bh, H), t, T, C)
+    L = beta[:, None] * scores(k, k, t, T, K, C, BK, PREC) * decay_matrix(G, C, DECAY)
+    L = tl.where(i > j, L, 0.0)
+
+    inner: tl.constexpr = "tf32" if PREC == "bf16" else PREC
     X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
     for level in tl.static_range(1, LOG_C):
-        M = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level > j >> level), L, 0.0)
-        X -= dot(X, dot(M, X, "tf32" if PREC == "bf16" else PREC), "tf32" if PREC == "bf16" else PREC)
-    store(x, X, bh, H, t, t + C, 0, C, C, C)
+        together = i >> (level + 1) == j >> (level + 1)
+        M = tl.where(together & (i >> level > j >> level), L, 0.0)
+        X -= dot(X, dot(M, X, inner), inner)
+    store(head(x, bh, H), X, t, t + C, 0, C, C, C)
 
 
 @jit
-def scan_forward(k, v, kz, x, g, b, state, starts, zs, u, final, H, T, N, K: tl.constexpr, V: tl.constexpr,
-                 C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
-                 NORM: tl.constexpr, PREC: tl.constexpr):
-    """S_1 = exp(c_C) S_0 + K^T exp(c_C - c) U, chunk after chunk, for BV columns; writes each S_0 (and Z_0, and U)."""
-    bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
-    S = load(state, bh, H, 0, K, first, V, BK, BV)
-    if NORM != "none":
-        Z = tl.sum(load(state, bh, H, 0, K, V, V + 1, BK, 1), 1)
-    for n in range(N):
+def delta_scan(
+    k, v, x, g, b, state,
+    u, starts, final,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PREC: tl.constexpr,
+):
+    """scan with U = X b (V - since_start K S_0), which it writes, for BV columns of S. Here BK covers all of K."""
+    block, n, bh = program((V + BV - 1) // BV, 1)
+    col = block * BV
+    k = head(k, bh, H)
+    v = head(v, bh, H)
+    x = head(x, bh, H)
+    g = head(g, bh, H)
+    b = head(b, bh, H)
+    u = head(u, bh, H)
+    starts = head(starts, bh, H)
+    S = load(head(state, bh, H), 0, K, col, V, BK, BV)
+    for n in range(tl.cdiv(T, C)):
         t = n * C
-        store(starts, S, bh, H, n * K, n * K + K, first, V, BK, BV)
-        keys = load(k, bh, H, t, T, 0, K, C, BK)
-        values = load(v, bh, H, t, T, first, V, C, BV)
-        _, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
-        if NORM != "none":
-            if first == 0:
-                store_row(zs, Z, (bh * N + n) * K, K, BK)
-            z_keys = keys if NORM == "own" else load(kz, bh, H, t, T * (first == 0), 0, K, C, BK)
-            Z = through * Z + tl.sum(z_keys * to_end[:, None], 0)
-        if DELTA:
-            beta = load_row(b, bh * T + t, T - t, 0.0, C)
-            residual = values - from_start[:, None] * dot(keys, S, PREC)
-            values = dot(load(x, bh, H, t, t + C, 0, C, C, C), beta[:, None] * residual, PREC)
-            store(u, values, bh, H, t, T, first, V, C, BV)
-        S = through * S + dot(tl.trans(keys), values * to_end[:, None], PREC)
-    store(final, S, bh, H, 0, K, first, V, BK, BV)
-    if NORM != "none":
-        if first == 0:
-            store(final, Z[:, None], bh, H, 0, K, V, V + 1, BK, 1)
+        store(starts, S, n * K, n * K + K, col, V, BK, BV)
+        keys = load(k, t, T, 0, K, C, BK)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        beta = load_row(b, t, T, C)
+        error = load(v, t, T, col, V, C, BV) - since_start[:, None] * dot(keys, S, PREC)
+        U = dot(load(x, t, t + C, 0, C, C, C), beta[:, None] * error, PREC)
+        store(u, U, t, T, col, V, C, BV)
+        S = left * S + dot(tl.trans(keys), U * until_end[:, None], PREC)
+    store(head(final, bh, H), S, 0, K, col, V, BK, BV)
 
 
 @jit
-def outputs(q, k, u, qz, kz, g, starts, zs, z, y, H, T, N, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-            BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
-    """Y = exp(c) Q S_0 + P U for BV columns of one chunk, divided by z, which it writes."""
-    n, bh, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
+def outputs(
+    q, k, u, q_sum, k_sum, g, starts, sum_starts,
+    y, scale,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+):
+    """Y = since_start Q S_0 + P U for BV columns of one chunk, times scale = 1 / sum of weights, which it writes."""
+    block, n, bh = program((V + BV - 1) // BV, tl.cdiv(T, C))
+    col = block * BV
     t = n * C
-    queries, keys = load(q, bh, H, t, T, 0, K, C, BK), load(k, bh, H, t, T, 0, K, C, BK)
-    c, from_start, _, _ = decays(g, bh * T + t, T - t, C, DECAY)
-    P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
-    Y = from_start[:, None] * dot(queries, load(starts, bh, H, n * K, n * K + K, first, V, BK, BV), PREC)
-    Y += dot(P, load(u, bh, H, t, T, first, V, C, BV), PREC)
+    q = head(q, bh, H)
+    k = head(k, bh, H)
+    starts = head(starts, bh, H)
+    G, since_start, until_end, left = decays(head(g, bh, H), t, T, C, DECAY)
+    D = decay_matrix(G, C, DECAY)
+    P = scores(q, k, t, T, K, C, BK, PREC) * D
+    read = tl.zeros((C, BV), tl.float32)
+    for row in range(0, K, BK):
+        queries = load(q, t, T, row, K, C, BK)
+        S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
+        read += dot(queries, S, PREC)
+    U = load(head(u, bh, H), t, T, col, V, C, BV)
+    Y = since_start[:, None] * read + dot(P, U, PREC)
+
     if NORM != "none":
         if NORM == "other":
-            queries = load(qz, bh, H, t, T, 0, K, C, BK)
-            P = decayed(dot(queries, tl.trans(load(kz, bh, H, t, T, 0, K, C, BK)), PREC), c, C, DECAY, True)
-        Z = load_row(zs, (bh * N + n) * K, K, 0.0, BK)
-        weights = from_start * tl.sum(queries * Z[None, :], 1) + tl.sum(P, 1) + 1e-6
-        Y /= weights[:, None]
-        if first == 0:
-            store_row(z, weights, bh * T + t, T - t, C)
-    store(y, Y, bh, H, t, T, first, V, C, BV)
+            q = head(q_sum, bh, H)
+            k = head(k_sum, bh, H)
+            P = scores(q, k, t, T, K, C, BK, PREC) * D
+        sum_starts = head(sum_starts, bh, H)
+        weights = tl.sum(P, 1)
+        for row in range(0, K, BK):
+            queries = load(q, t, T, row, K, C, BK)
+            Z = load_row(sum_starts, n * K + row, n * K + K, BK)
+            weights += since_start * tl.sum(queries * Z[None, :], 1)
+        scale_t = 1 / (weights + 1e-6)
+        Y *= scale_t[:, None]
+        if col == 0:
+            store_row(head(scale, bh, H), scale_t, t, T, C)
+    store(head(y, bh, H), Y, t, T, col, V, C, BV)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Backward. d in front of a name: the gradient with respect to it.
+# Backward. d in front of a name: the gradient with respect to it. dS stands for dS_1, dz for that of a sum of weights.
 
 
 @jit
-def row_dots(y, dy, z, dz, H, T, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
-    """dz = -sum(dy y) / z, for C tokens."""
-    bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * C
-    product = load(y, bh, H, t, T, 0, V, C, BV).to(tl.float32) * load(dy, bh, H, t, T, 0, V, C, BV)
-    store_row(dz, -tl.sum(product, 1) / load_row(z, bh * T + t, T - t, 1.0, C), bh * T + t, T - t, C)
+def sum_back(
+    y, dy, scale,
+    dz,
+    H, T,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+):
+    """dz = -Y . dY / z, for C tokens."""
+    block, n, bh = program(1, tl.cdiv(T, C))
+    t = n * C
+    Y = load(head(y, bh, H), t, T, 0, V, C, BV).to(tl.float32)
+    dY = load(head(dy, bh, H), t, T, 0, V, C, BV)
+    scale_t = load_row(head(scale, bh, H), t, T, C)
+    store_row(head(dz, bh, H), -tl.sum(Y * dY, 1) * scale_t, t, T, C)
 
 
 @jit
-def scan_backward(q, k, qz, x, g, b, z, dz, dy, dfinal, dends, dzs, dr, dstate, H, T, N, K: tl.constexpr,
-                  V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-                  DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
-    """dS_0 = exp(c_C) dS_1 + Q^T exp(c) dY - K^T exp(c) b dX, last chunk first; writes each dS_1 (and dZ_1).
+def scan_back(
+    q, q_sum, g, scale, dz, dy, dfinal,
+    ends, sum_ends, dstate,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+):
+    """dS_0 = left dS_1 + (since_start Q)^T dY, last chunk first, for one block of S; writes every dS_1.
 
-    The last term is the delta rule's: dX = X^T (P^T dY + exp(c_C - c) K dS_1), the gradient of b R, left where dv goes.
+    The last programs of a head do the same for Z.
     """
-    bh, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BV
-    dS = load(dfinal, bh, H, 0, K, first, V, BK, BV)
+    key_blocks: tl.constexpr = (K + BK - 1) // BK
+    states: tl.constexpr = key_blocks * ((V + BV - 1) // BV)
+    sums: tl.constexpr = key_blocks if NORM != "none" else 0
+    block, n, bh = program(states + sums, 1)
+    row = block % key_blocks * BK
+    col = block // key_blocks * BV
+    q = head(q, bh, H)
+    q_sum = head(q_sum, bh, H)
+    g = head(g, bh, H)
+    scale = head(scale, bh, H)
+    dz = head(dz, bh, H)
+    dy = head(dy, bh, H)
+    dfinal = head(dfinal, bh, H)
+    ends = head(ends, bh, H)
+    sum_ends = head(sum_ends, bh, H)
+    dstate = head(dstate, bh, H)
+    if block < states:
+        scan_states_back(q, g, scale, dy, dfinal, ends, dstate, row, col, T, K, V, C, BK, BV, DECAY, NORM, PREC)
     if NORM != "none":
-        dZ = tl.sum(load(dfinal, bh, H, 0, K, V, V + 1, BK, 1), 1)
+        if block >= states:
+            scan_sums_back(q_sum, g, dz, dfinal, sum_ends, dstate, row, T, K, V, C, BK, DECAY)
+
+
+@jit
+def scan_states_back(q, g, scale, dy, dfinal, ends, dstate, row, col, T, K, V, C, BK, BV, DECAY, NORM, PREC):
+    dS = load(dfinal, row, K, col, V, BK, BV)
+    N = tl.cdiv(T, C)
     for step in range(N):
         n = N - 1 - step
         t = n * C
-        store(dends, dS, bh, H, n * K, n * K + K, first, V, BK, BV)
-        queries = load(q, bh, H, t, T, 0, K, C, BK)
-        dY = load(dy, bh, H, t, T, first, V, C, BV)
-        c, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
+        store(ends, dS, n * K + row, n * K + K, col, V, BK, BV)
+        queries = load(q, t, T, row, K, C, BK)
+        dY = load(dy, t, T, col, V, C, BV)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
         if NORM != "none":
-            if first == 0:
-                store_row(dzs, dZ, (bh * N + n) * K, K, BK)
-            dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
-            z_queries = queries if NORM == "own" else load(qz, bh, H, t, T * (first == 0), 0, K, C, BK)
-            dZ = through * dZ + tl.sum(z_queries * (from_start * dz_t)[:, None], 0)
-            from_start /= load_row(z, bh * T + t, T - t, 1.0, C)
-        dS_0 = through * dS + dot(tl.trans(queries), dY * from_start[:, None], PREC)
-        if DELTA:
-            keys = load(k, bh, H, t, T, 0, K, C, BK)
-            beta = load_row(b, bh * T + t, T - t, 0.0, C)
-            P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
-            dU = dot(tl.trans(P), dY, PREC) + to_end[:, None] * dot(keys, dS, PREC)
-            dX = dot(tl.trans(load(x, bh, H, t, t + C, 0, C, C, C)), dU, PREC)
-            store(dr, dX, bh, H, t, T, first, V, C, BV)
-            dS_0 -= dot(tl.trans(keys), (beta * from_start)[:, None] * dX, PREC)
-        dS = dS_0
-    store(dstate, dS, bh, H, 0, K, first, V, BK, BV)
-    if NORM != "none":
-        if first == 0:
-            store(dstate, dZ[:, None], bh, H, 0, K, V, V + 1, BK, 1)
+            since_start *= load_row(scale, t, T, C)
+        dS = left * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
+    store(dstate, dS, row, K, col, V, BK, BV)
 
 
 @jit
-def gradients(q, k, v, qz, kz, x, g, b, z, dz, starts, zs, dy, dends, dzs, dq, dk, dv, dqz, dkz, dg, db, H, T, N,
-              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-              DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr):
-    """All gradients of one chunk, given S_0 and dS_1. With dP = tril(dY U^T) D and e the exponentials of decays():
+def scan_sums_back(q, g, dz, dfinal, sum_ends, dstate, row, T, K, V, C, BK, DECAY):
+    dZ = tl.sum(load(dfinal, row, K, V, V + 1, BK, 1), 1)
+    N = tl.cdiv(T, C)
+    for step in tl.range(N, num_stages=3):
+        n = N - 1 - step
+        t = n * C
+        store_row(sum_ends, dZ, n * K + row, n * K + K, BK)
+        dz_t = load_row(dz, t, T, C)
+        queries = load(q, t, T, row, K, C, BK)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        dZ = left * dZ + tl.sum(queries * (since_start * dz_t)[:, None], 0)
+    store(dstate, dZ[:, None], row, K, V, V + 1, BK, 1)
 
-        dQ = e dY S_0^T + dP K         dV = P^T dY + e K dS_1                               (delta rule: dV = b dX)
-        dK = e U dS_1^T + dP^T Q       - b e dX S_0^T + (G + G^T) K,   G = -b tril(dX U^T, -1) D      (delta rule)
-        db = dX . R - rows of tril(dX U^T, -1) D (K K^T)
-        dg_t = what passes over step t: every product of a later and an earlier token (or state), times its gradient
+
+@jit
+def delta_scan_back(
+    q, k, x, g, b, dy, dfinal,
+    ends, derror, dstate,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PREC: tl.constexpr,
+):
+    """dS_0 = left dS_1 + (since_start Q)^T dY - (since_start K)^T b dE, for BV columns of S; writes every dS_1 and dE.
+
+    E = V - since_start K S_0 - tril(K K^T * D, -1) U is the error that b scales: U = b E. What reaches b E is
+    dE = X^T dU, with dU = P^T dY + until_end K dS_1.
     """
-    n, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, n, bh = program((V + BV - 1) // BV, 1)
+    col = block * BV
+    q = head(q, bh, H)
+    k = head(k, bh, H)
+    x = head(x, bh, H)
+    g = head(g, bh, H)
+    b = head(b, bh, H)
+    dy = head(dy, bh, H)
+    derror = head(derror, bh, H)
+    ends = head(ends, bh, H)
+    dS = load(head(dfinal, bh, H), 0, K, col, V, BK, BV)
+    N = tl.cdiv(T, C)
+    for step in range(N):
+        n = N - 1 - step
+        t = n * C
+        store(ends, dS, n * K, n * K + K, col, V, BK, BV)
+        queries = load(q, t, T, 0, K, C, BK)
+        keys = load(k, t, T, 0, K, C, BK)
+        dY = load(dy, t, T, col, V, C, BV)
+        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        P = dot(queries, tl.trans(keys), PREC) * decay_matrix(G, C, DECAY)
+        dU = dot(tl.trans(P), dY, PREC) + until_end[:, None] * dot(keys, dS, PREC)
+        X = load(x, t, t + C, 0, C, C, C)
+        dE = dot(tl.trans(X), dU, PREC)
+        store(derror, dE, t, T, col, V, C, BV)
+        beta = load_row(b, t, T, C)
+        dS = left * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
+        dS -= dot(tl.trans(keys), (beta * since_start)[:, None] * dE, PREC)
+    store(head(dstate, bh, H), dS, 0, K, col, V, BK, BV)
+
+
+@jit
+def gradients(
+    q, k, v, u, q_sum, k_sum, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror,
+    dq, dk, dv, dq_sum, dk_sum, dg, db,
+    H, T,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
+):
+    """The gradients of one chunk, given S_0 and dS_1: of a block of Q and K, or of q_sum and k_sum, or of V.
+
+    dg and db (B,H,programs,T) are sums over the programs of a chunk: each writes a row.
+    """
+    key_blocks: tl.constexpr = (K + BK - 1) // BK
+    sums: tl.constexpr = key_blocks if NORM == "other" else 0
+    values: tl.constexpr = (V + BV - 1) // BV
+    block, n, bh = program(key_blocks + sums + values, tl.cdiv(T, C))
+    q = head(q, bh, H)
+    k = head(k, bh, H)
+    v = head(v, bh, H)
+    u = head(u, bh, H)
+    q_sum = head(q_sum, bh, H)
+    k_sum = head(k_sum, bh, H)
+    g = head(g, bh, H)
+    b = head(b, bh, H)
+    scale = head(scale, bh, H)
+    dz = head(dz, bh, H)
+    starts = head(starts, bh, H)
+    sum_starts = head(sum_starts, bh, H)
+    dy = head(dy, bh, H)
+    ends = head(ends, bh, H)
+    sum_ends = head(sum_ends, bh, H)
+    derror = head(derror, bh, H)
+    dq = head(dq, bh, H)
+    dk = head(dk, bh, H)
+    dv = head(dv, bh, H)
+    dq_sum = head(dq_sum, bh, H)
+    dk_sum = head(dk_sum, bh, H)
+    dg = row_of(head(dg, bh, H), block)
+    db = row_of(head(db, bh, H), block)
+
+    if block < key_blocks:
+        key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror, dq, dk, dg, db,
+                      n, block * BK, T, K, V, C, BK, BV, DECAY, DELTA, NORM, PREC)
+    if NORM == "other":
+        if (block >= key_blocks) & (block < key_blocks + sums):
+            sum_gradients(q_sum, k_sum, g, dz, sum_starts, sum_ends, dq_sum, dk_sum, dg,
+                          n, (block - key_blocks) * BK, T, K, C, BK, DECAY, PREC)
+    if block >= key_blocks + sums:
+        col = (block - key_blocks - sums) * BV
+        if DELTA:
+            delta_value_gradients(v, b, derror, dv, db, n, col, T, V, C, BV)
+        else:
+            value_gradients(q, k, g, scale, dy, ends, dv, n, col, T, K, V, C, BK, BV, DECAY, NORM, PREC)
+
+
+@jit
+def value_gradients(q, k, g, scale, dy, ends, dv, n, col, T, K, V, C, BK, BV, DECAY, NORM, PREC):
+    """dV = P^T dY + until_end K dS_1"""
     t = n * C
-    keys = load(k, bh, H, t, T, 0, K, C, BK)
-    c, from_start, to_end, through = decays(g, bh * T + t, T - t, C, DECAY)
-    dK = tl.zeros((C, BK), tl.float32)
-    dc = tl.zeros((C,), tl.float32)                                               # of c_i where it is added
-    passed = tl.zeros((C,), tl.float32)                                           # of c_C - c_j
-    whole = 0.0                                                                   # of c_C alone
+    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    P = scores(q, k, t, T, K, C, BK, PREC) * decay_matrix(G, C, DECAY)
+    if NORM != "none":
+        P *= load_row(scale, t, T, C)[:, None]
+    late = tl.zeros((C, BV), tl.float32)
+    for row in range(0, K, BK):
+        keys = load(k, t, T, row, K, C, BK)
+        dS = load(ends, n * K + row, n * K + K, col, V, BK, BV)
+        late += dot(keys, dS, PREC)
+    dY = load(dy, t, T, col, V, C, BV)
+    dV = dot(tl.trans(P), dY, PREC) + until_end[:, None] * late
+    store(dv, dV, t, T, col, V, C, BV)
 
-    if DELTA:                                                                     # 1. through U = X b R
-        X = load(x, bh, H, t, t + C, 0, C, C, C)
-        beta = load_row(b, bh * T + t, T - t, 0.0, C)
-        dL = tl.zeros((C, C), tl.float32)
-        dbeta = tl.zeros((C,), tl.float32)
-        for first in range(0, V, BV):
-            S = load(starts, bh, H, n * K, n * K + K, first, V, BK, BV)
-            dX = load(dv, bh, H, t, T, first, V, C, BV).to(tl.float32)            # scan_backward left it there
-            R = load(v, bh, H, t, T, first, V, C, BV) - from_start[:, None] * dot(keys, S, PREC)
-            dbeta += tl.sum(dX * R, 1)
-            dL -= dot(dX, tl.trans(dot(X, beta[:, None] * R, PREC)), PREC)
-            dKS = (beta * from_start)[:, None] * dot(dX, tl.trans(S), PREC)
-            dK -= dKS
-            if DECAY:
-                dc -= tl.sum(keys * dKS, 1)
-        dL = decayed(dL, c, C, DECAY, False)
-        pairs = dL * dot(keys, tl.trans(keys), PREC)
-        dbeta += tl.sum(pairs, 1)
-        store_row(db, dbeta, bh * T + t, T - t, C)
-        if DECAY:
-            pairs = beta[:, None] * pairs
-            dc += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-        G = beta[:, None] * dL
-        dK += dot(G + tl.trans(G), keys, PREC)
 
-    queries = load(q, bh, H, t, T, 0, K, C, BK)                                   # 2. through Y and S_1
-    P = decayed(dot(queries, tl.trans(keys), PREC), c, C, DECAY, True)
-    if NORM == "none":
-        over_z = tl.full((C,), 1.0, tl.float32)
-    else:
-        over_z = 1 / load_row(z, bh * T + t, T - t, 1.0, C)
+@jit
+def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror, dq, dk, dg, db,
+                  n, row, T, K, V, C, BK, BV, DECAY, DELTA, NORM, PREC):
+    """dQ = since_start dY S_0^T + dP K and dK = until_end U dS_1^T + dP^T Q, with dP = (dY U^T) * D"""
+    t = n * C
+    dK_read = tl.zeros((C, BK), tl.float32)
+    dG = tl.zeros((C,), tl.float32)
+    if DELTA:
+        dK_read, dG = delta_key_gradients(k, u, g, b, starts, derror, db, n, row, T, K, V, C, BK, BV, DECAY, PREC)
     dP = tl.zeros((C, C), tl.float32)
     dQ = tl.zeros((C, BK), tl.float32)
-    for first in range(0, V, BV):
-        S = load(starts, bh, H, n * K, n * K + K, first, V, BK, BV)
-        dS = load(dends, bh, H, n * K, n * K + K, first, V, BK, BV)
-        dY = load(dy, bh, H, t, T, first, V, C, BV)
-        U = load(v, bh, H, t, T, first, V, C, BV)
-        if DELTA:
-            R = U - from_start[:, None] * dot(keys, S, PREC)
-            U = dot(X, beta[:, None] * R, PREC)
-            dV = beta[:, None] * load(dv, bh, H, t, T, first, V, C, BV)
-        else:
-            dV = dot(tl.trans(over_z[:, None] * P), dY, PREC) + to_end[:, None] * dot(keys, dS, PREC)
-        store(dv, dV, bh, H, t, T, first, V, C, BV)
+    dK = tl.zeros((C, BK), tl.float32)
+    dleft = 0.0
+    for col in range(0, V, BV):
+        dY = load(dy, t, T, col, V, C, BV)
+        U = load(u, t, T, col, V, C, BV)
+        S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
+        dS = load(ends, n * K + row, n * K + K, col, V, BK, BV)
         dP += dot(dY, tl.trans(U), PREC)
         dQ += dot(dY, tl.trans(S), PREC)
-        late = to_end[:, None] * dot(U, tl.trans(dS), PREC)
-        dK += late
+        dK += dot(U, tl.trans(dS), PREC)
         if DECAY:
-            passed += tl.sum(keys * late, 1)
-            whole += tl.sum(tl.sum(S.to(tl.float32) * dS, 1), 0)
-    dP, dQ = over_z[:, None] * dP, (over_z * from_start)[:, None] * dQ
-    if NORM != "none":                                                            # 3. through z = exp(c) Q Z_0 + P 1
-        dz_t = load_row(dz, bh * T + t, T - t, 0.0, C)
-        Z, dZ = load_row(zs, (bh * N + n) * K, K, 0.0, BK), load_row(dzs, (bh * N + n) * K, K, 0.0, BK)
-        early, late = (from_start * dz_t)[:, None] * Z[None, :], to_end[:, None] * dZ[None, :]
-        z_keys = keys
-        if NORM == "own":
-            dP += dz_t[:, None]
-            dQ += early
-            dK += late
-        else:
-            z_queries, z_keys = load(qz, bh, H, t, T, 0, K, C, BK), load(kz, bh, H, t, T, 0, K, C, BK)
-            if DECAY:
-                pairs = dz_t[:, None] * decayed(dot(z_queries, tl.trans(z_keys), PREC), c, C, DECAY, True)
-                dc += tl.sum(z_queries * early, 1) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
-            D = decayed(tl.zeros((C, C), tl.float32) + dz_t[:, None], c, C, DECAY, True)
-            store(dqz, early + dot(D, z_keys, PREC), bh, H, t, T, 0, K, C, BK)
-            store(dkz, late + dot(tl.trans(D), z_queries, PREC), bh, H, t, T, 0, K, C, BK)
-        if DECAY:
-            passed += tl.sum(z_keys * late, 1)
-            whole += tl.sum(Z * dZ, 0)
+            dleft += tl.sum(S.to(tl.float32) * dS)
+    if NORM != "none":
+        scale_t = load_row(scale, t, T, C)[:, None]
+        dP *= scale_t
+        dQ *= scale_t
+    if NORM == "own":
+        dz_t = load_row(dz, t, T, C)[:, None]
+        Z = load_row(sum_starts, n * K + row, n * K + K, BK)[None, :]
+        dZ = load_row(sum_ends, n * K + row, n * K + K, BK)[None, :]
+        dP += dz_t
+        dQ += dz_t * Z
+        dK += dZ
+        dleft += tl.sum(Z * dZ)
+    finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC)
+
+
+@jit
+def sum_gradients(q, k, g, dz, sum_starts, sum_ends, dq, dk, dg, n, row, T, K, C, BK, DECAY, PREC):
+    """dQ and dK of the sum of weights: as in key_gradients, with 1 for U, Z for S and dz for dY."""
+    t = n * C
+    dz_t = load_row(dz, t, T, C)[:, None]
+    Z = load_row(sum_starts, n * K + row, n * K + K, BK)[None, :]
+    dZ = load_row(sum_ends, n * K + row, n * K + K, BK)[None, :]
+    dP = dz_t + tl.zeros((C, C), tl.float32)
+    dK = dZ + tl.zeros((C, BK), tl.float32)
+    none = tl.zeros((C, BK), tl.float32)
+    dG = tl.zeros((C,), tl.float32)
+    finish(q, k, g, dP, dz_t * Z, dK, tl.sum(Z * dZ), none, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC)
+
+
+@jit
+def finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC):
+    """Writes dQ, dK and dg, from dP, dQ and dK as they are without decay and without P.
+
+    What query i reads holds exp(G_i), and what key j writes exp(-G_j): so dG_i = Q_i . dQ_i - K_i . dK_i. And S_1,
+    which holds exp(G_C), adds S_1 . dS_1 to the last. g_t is in every G from t on.
+    """
+    queries = load(q, t, T, row, K, C, BK)
+    keys = load(k, t, T, row, K, C, BK)
+    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    dP *= decay_matrix(G, C, DECAY)
+    late = dK * until_end[:, None]
+    dQ = dQ * since_start[:, None] + dot(dP, keys, PREC)
+    dK = late + dot(tl.trans(dP), queries, PREC)
+    store(dq, dQ, t, T, row, K, C, BK)
+    store(dk, dK + dK_read, t, T, row, K, C, BK)
     if DECAY:
-        pairs = P * dP
-        dc += tl.sum(queries * dQ, 1) + tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    dP = decayed(dP, c, C, DECAY, True)
-    dQ += dot(dP, keys, PREC)
-    dK += dot(tl.trans(dP), queries, PREC)
-    store(dq, dQ, bh, H, t, T, 0, K, C, BK)
-    store(dk, dK, bh, H, t, T, 0, K, C, BK)
-    if DECAY:
-        dg_t = tl.cumsum(dc, 0, reverse=True) + tl.cumsum(passed, 0) - passed + through * whole
-        store_row(dg, dg_t, bh * T + t, T - t, C)
+        dG += tl.sum(queries * dQ - keys * dK, 1)
+        dG_C = tl.sum(keys * late) + left * dleft
+        dg_t = tl.cumsum(dG, 0, reverse=True) + dG_C
+        reset = load_row(g, t, T, C) < -128
+        store_row(dg, tl.where(reset, 0.0, dg_t), t, T, C)
+
+
+@jit
+def delta_key_gradients(k, u, g, b, starts, derror, db, n, row, T, K, V, C, BK, BV, DECAY, PREC):
+    """The gradient of K as far as it reads, in E as Q does in Y, with -b dE for dY; and its part of dG.
+
+    Writes db = E . dE, but for V . dE.
+    """
+    t = n * C
+    dP = tl.zeros((C, C), tl.float32)
+    dE_K = tl.zeros((C, BK), tl.float32)
+    for col in range(0, V, BV):
+        dE = load(derror, t, T, col, V, C, BV)
+        U = load(u, t, T, col, V, C, BV)
+        S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
+        dP -= dot(dE, tl.trans(U), PREC)
+        dE_K -= dot(dE, tl.trans(S), PREC)
+    keys = load(k, t, T, row, K, C, BK)
+    beta = load_row(b, t, T, C)[:, None]
+    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    dP = tl.where(i > j, dP * decay_matrix(G, C, DECAY), 0.0)
+    dE_K = dE_K * since_start[:, None] + dot(dP, keys, PREC)
+    store_row(db, tl.sum(keys * dE_K, 1), t, T, C)
+    written = dot(tl.trans(beta * dP), keys, PREC)
+    read = beta * dE_K
+    return read + written, tl.sum(keys * (read - written), 1)
+
+
+@jit
+def delta_value_gradients(v, b, derror, dv, db, n, col, T, V, C, BV):
+    """dV = b dE, and V . dE, the part of db that V has."""
+    t = n * C
+    dE = load(derror, t, T, col, V, C, BV)
+    beta = load_row(b, t, T, C)[:, None]
+    store(dv, beta * dE, t, T, col, V, C, BV)
+    values = load(v, t, T, col, V, C, BV)
+    store_row(db, tl.sum(values * dE, 1), t, T, C)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The launches, as two operators that PyTorch knows by name: torch.compile takes them as they are. The two functions
-# that allocate their results double as their shape rules.
+# The launches, as two operators that PyTorch knows by name: torch.compile takes them as they are. The functions that
+# allocate their results double as their shape rules.
 
 
-def _power(n):
+def power(n):
+    """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
-def _sizes(q, v, chunk_size):
-    """By rule: chunks of up to 64 tokens, whole rows of K and 64 columns of V; 32 where tiles of fp32 need the room.
+def blocks(width, block):
+    return -(-width // block)
 
-    Traps: tiles narrower than 128 bytes beside wider ones make ptxas 12.8 take matrix descriptors from registers that
-    it never wrote, and the GPU reads illegal addresses, sometimes: K and V are padded to tiles of at least that. And
-    with K = 153 in bf16 the gradient of k was wrong by 20 %, cause unknown: above 128, bf16 goes the way of fp32.
+
+def sizes(q, v, chunk_size):
+    """The constants of all kernels: chunks of up to 64 tokens; 32 where wide tiles of fp32 need the room.
+
+    Trap: with K = 153 and 256 in bf16, y was wrong by 18 % on an H100, cause unknown (Triton 3.6; the same sums are
+    right interpreted, in fp32, and up to K = 128): above 128, bf16 goes the way of fp32.
     """
-    K, V, BK = q.shape[-1], v.shape[-1], max(64, _power(q.shape[-1]))
+    K = q.shape[-1]
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
-    precision = "tf32x3" if BK > 128 else precision
-    most = 64 if precision == "bf16" or BK == 64 else 32
-    C = max(16, min(_power(chunk_size), most))
-    warps = 4 if BK == 64 or precision == "bf16" else 8
-    return dict(K=K, V=V, C=C, BK=BK, PREC=precision, num_warps=warps), -(-q.shape[2] // C), 32, most
+    if K > 128:
+        precision = "tf32x3"
+    most = 64 if precision == "bf16" or K <= 64 else 32
+    C = max(16, min(power(chunk_size), most))
+    return dict(K=K, V=v.shape[-1], C=C, PREC=precision)
 
 
-def _view(x):
-    """A tensor (B,H,T,D) as the kernels take it: its pointer and strides. Rows that are not dense are copied."""
-    if x is None:
-        return None
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def views(*tensors):
+    """Tensors (B,H,T,D) or (B,H,T) as the kernels take them: pointer and strides. Rows that are not dense are copied.
+
+    For one that is not there (None, or no elements) a kernel gets the first, and does not touch it.
+    """
+    return [view(tensors[0] if x is None or x.numel() == 0 else x) for x in tensors]
+
+
+def view(x):
+    if x.dim() == 4 and x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
     return x, *x.stride()[:3]
 
 
-def _empty(x, dtype=None):
+def empty(x, dtype=None):
     """Like x (B,H,T,D), but laid out (B,T,H,D), as the projections around the operation want it."""
     return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _norm(norm, qz):
-    return "none" if not norm else "own" if qz is None else "other"
+def kind(norm, q_sum):
+    """NORM of the kernels."""
+    if not norm:
+        return "none"
+    return "own" if q_sum is None else "other"
 
 
-def _allocate(q, k, v, g, b, qz, kz, state, norm, chunk_size):
-    (B, H, T, K), V = q.shape, v.shape[-1]
-    sizes, N, _, _ = _sizes(q, v, chunk_size)
-    C, stored = sizes["C"], torch.bfloat16 if sizes["PREC"] == "bf16" else torch.float32
-    starts = q.new_empty(B, H, N * K, V, dtype=stored)
-    zs, z = (q.new_empty(shape if norm else 0, dtype=torch.float32) for shape in ((B, H, N, K), (B, H, T)))
-    x = q.new_empty((B, H, N * C, C) if b is not None else 0, dtype=stored)
-    return _empty(v, q.dtype), torch.empty_like(state), starts, zs, z, x
+def allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
+    """y, the final state, and what backward needs: starts, sum_starts, scale; x and u of the delta rule."""
+    B, H, T, K = q.shape
+    size = sizes(q, v, chunk_size)
+    C = size["C"]
+    N = blocks(T, C)
+    stored = torch.bfloat16 if size["PREC"] == "bf16" else torch.float32
+    unused = q.new_empty(0)
+    starts = q.new_empty(B, H, N * K, v.shape[-1], dtype=stored)
+    sum_starts, scale, x, u = [unused] * 4
+    if norm:
+        sum_starts = q.new_empty(B, H, N * K, dtype=torch.float32)
+        scale = q.new_empty(B, H, T, dtype=torch.float32)
+    if b is not None:
+        x = q.new_empty(B, H, N * C, C, dtype=stored)
+        u = empty(v, stored)
+    return empty(v, q.dtype), torch.empty_like(state), starts, sum_starts, scale, x, u
 
 
-def _allocate_backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size):
-    dqz, dkz = (q.new_empty(0) if o is None else _empty(o) for o in (qz, kz))
-    dg, db = (q.new_empty(0 if o is None else o.shape, dtype=torch.float32) for o in (g, b))
-    return _empty(q), _empty(k), _empty(v), dg, db, dqz, dkz, torch.empty_like(dfinal)
+def forward(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
+    results = allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size)
+    B, H, T, K = q.shape
+    V = v.shape[-1]
+    constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
+    heads = B * H
+    chunks = heads * blocks(T, constants["C"])
+    NORM = kind(norm, q_sum)
+    y, final, starts, sum_starts, scale, x, u = views(*results)
+    delta = b is not None
+    q, k, v, g, b, q_sum, k_sum, state = views(q, k, v, g, b, q_sum, k_sum, state)
+    with torch.cuda.device_of(results[0]):
+        if not delta:
+            programs = blocks(K, 64) * (blocks(V, 32) + norm)
+            scan[heads * programs,](k, v, k if NORM == "own" else k_sum, g, state, starts, sum_starts, final,
+                                    **constants, BK=64, BV=32, NORM=NORM, num_stages=3)
+            u = v
+        else:
+            delta_solve[chunks,](k, g, b, x, **constants, BK=64, LOG_C=constants["C"].bit_length() - 1, num_stages=1)
+            BK = max(64, power(K))
+            delta_scan[heads * blocks(V, 32),](k, v, x, g, b, state, u, starts, final, **constants, BK=BK, BV=32,
+                                               num_stages={64: 3, 128: 2}.get(BK, 1))
+        outputs[chunks * blocks(V, 64),](q, k, u, q_sum, k_sum, g, starts, sum_starts, y, scale, **constants,
+                                         BK=64, BV=64, NORM=NORM, num_stages=1)
+    return results
 
 
-def _forward(q, k, v, g, b, qz, kz, state, norm, chunk_size):
-    y, final, starts, zs, z, x = _allocate(q, k, v, g, b, qz, kz, state, norm, chunk_size)
-    (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
-    sizes, N, scanned, columns = _sizes(q, v, chunk_size)
-    flags = dict(DECAY=g is not None, NORM=_norm(norm, qz))
-    q, k, v, qz, kz = map(_view, (q, k, v, qz, kz))
-    u = _view(_empty(y, starts.dtype)) if delta else v
-    with torch.cuda.device_of(y):
-        if delta:
-            invert[N, B * H](k, g, b, _view(x), H, T, LOG_C=sizes["C"].bit_length() - 1, DECAY=g is not None,
-                             **{name: size for name, size in sizes.items() if name != "V"})
-        scan_forward[-(-V // scanned), B * H](
-            k, v, kz, _view(x) if delta else None, g, b, _view(state), _view(starts), zs, u, _view(final), H, T, N,
-            BV=scanned, DELTA=delta, **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
-        outputs[N, B * H, -(-V // columns)](
-            q, k, u, qz, kz, g, _view(starts), zs, z, _view(y), H, T, N, BV=columns, **sizes, **flags)
-    return y, final, starts, zs, z, x
+def allocate_backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
+                      chunk_size):
+    unused = q.new_empty(0)
+    dg, db = (unused if t is None else t.new_empty(t.shape) for t in (g, b))
+    dq_sum, dk_sum = (unused if t is None else empty(t) for t in (q_sum, k_sum))
+    return empty(q), empty(k), empty(v), dg, db, dq_sum, dk_sum, torch.empty_like(dfinal)
 
 
-def _backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size):
-    grads = _allocate_backward(q, k, v, g, b, qz, kz, z, y, starts, zs, x, dy, dfinal, norm, chunk_size)
-    dq, dk, dv, dg, db, dqz, dkz, dstate = grads
-    (B, H, T, K), V, delta = q.shape, v.shape[-1], b is not None
-    sizes, N, scanned, columns = _sizes(q, v, chunk_size)
-    flags = dict(DECAY=g is not None, DELTA=delta, NORM=_norm(norm, qz))
-    dends, dzs, dz = torch.empty_like(starts), torch.empty_like(zs), torch.empty_like(z)
-    dqz, dkz = (None if qz is None else _view(o) for o in (dqz, dkz))
-    q, k, v, qz, kz, dy = map(_view, (q, k, v, qz, kz, dy))
-    x, starts_, dends_ = _view(x) if delta else None, _view(starts), _view(dends)
-    with torch.cuda.device_of(starts):
-        if norm:
-            row_dots[-(-T // 32), B * H](_view(y), dy, z, dz, H, T, V=V, C=32, BV=max(16, _power(V)))
-        scan_backward[-(-V // scanned), B * H](
-            q, k, qz, x, g, b, z, dz, dy, _view(dfinal), dends_, dzs, _view(dv), _view(dstate), H, T, N, BV=scanned,
-            **sizes, **flags, num_stages=3 if sizes["BK"] == 64 else 2)
-        gradients[N, B * H](
-            q, k, v, qz, kz, x, g, b, z, dz, starts_, zs, dy, dends_, dzs, _view(dq), _view(dk), _view(dv), dqz, dkz,
-            dg, db, H, T, N, BV=columns, **sizes | flags | dict(num_warps=4 if sizes["BK"] == 64 else 8), num_stages=1)
-    return grads
+def backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm, chunk_size):
+    results = allocate_backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
+                                chunk_size)
+    B, H, T, K = q.shape
+    V = v.shape[-1]
+    constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
+    heads = B * H
+    chunks = heads * blocks(T, constants["C"])
+    NORM = kind(norm, q_sum)
+    delta = b is not None
+    ends, sum_ends, dz, derror = map(torch.empty_like, (starts, sum_starts, scale, u))
+    reads = blocks(K, 64) * (2 if NORM == "other" else 1)
+    programs = reads + blocks(V, 64)
+    # With 128 registers four programs share a multiprocessor: base's 65,536 tokens take 0.34 ms on an H100, not 0.37.
+    crowded = NORM == "other" and g is None and constants["PREC"] == "bf16"
+    dg, db = results[3:5]
+    dg_parts, db_parts = (None if t is None else t.new_empty(B, H, programs, T) for t in (g, b))
 
-
-def _save(ctx, inputs, output):
-    q, k, v, g, b, qz, kz, state, ctx.norm, ctx.chunk_size = inputs
-    y, final, starts, zs, z, x = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, b, qz, kz, z, y if ctx.norm else None, starts, zs, x, final)
+    dq, dk, dv, _, _, dq_sum, dk_sum, dstate = views(*results)
+    starts, sum_starts, ends_, sum_ends, dz = views(starts, sum_starts, ends, sum_ends, dz)
+    dg_, db_ = views(*[ends if x is None else x for x in (dg_parts, db_parts)])
+    q, k, v, g, b, q_sum, k_sum, scale, y = views(q, k, v, g, b, q_sum, k_sum, scale, y)
+    dy, dfinal, x, u, derror = views(dy, dfinal, x, u, derror)
+    with torch.cuda.device_of(ends):
+        if not delta:
+            u = v
+            if norm:
+                sum_back[heads * blocks(T, 32),](y, dy, scale, dz, H, T, V=V, C=32, BV=max(16, power(V)))
+            scans = blocks(K, 64) * (blocks(V, 32) + norm)
+            scan_back[heads * scans,](q, q if NORM == "own" else q_sum, g, scale, dz, dy, dfinal, ends_, sum_ends,
+                                      dstate, **constants, BK=64, BV=32, NORM=NORM, num_stages=3)
+        else:
+            BK = max(64, power(K))
+            delta_scan_back[heads * blocks(V, 32),](q, k, x, g, b, dy, dfinal, ends_, derror, dstate, **constants,
+                                                    BK=BK, BV=32, num_stages={64: 3, 128: 2}.get(BK, 1))
+        gradients[chunks * programs,](
+            q, k, v, u, q_sum, k_sum, g, b, scale, dz, starts, sum_starts, dy, ends_, sum_ends, derror, dq, dk, dv,
+            dq_sum, dk_sum, dg_, db_, **constants, BK=64, BV=64, DELTA=delta, NORM=NORM, num_stages=1,
+            maxnreg=128 if crowded else None)
+    if constants["DECAY"]:
+        torch.sum(dg_parts[:, :, :reads], 2, out=dg)
+    if delta:
+        torch.sum(db_parts, 2, out=db)
+    return results
 
 
 library.define("lat::linear_attention", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor state, bool norm, "
-    "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_sum, Tensor? k_sum, Tensor state, bool norm, "
+    "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 library.define("lat::linear_attention_backward", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? qz, Tensor? kz, Tensor z, Tensor? y, Tensor starts, "
-    "Tensor zs, Tensor x, Tensor dy, Tensor dfinal, bool norm, int chunk_size) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_sum, Tensor? k_sum, Tensor scale, Tensor? y, "
+    "Tensor starts, Tensor sum_starts, Tensor x, Tensor u, Tensor dy, Tensor dfinal, bool norm, "
+    "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 
 
-def _differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_backward):
-    *inputs, z, y, starts, zs, x, final = ctx.saved_tensors
-    dy = torch.zeros_like(inputs[2]) if dy is None else dy
+def save(ctx, inputs, output):
+    q, k, v, g, b, q_sum, k_sum, state, ctx.norm, ctx.chunk_size = inputs
+    y, final, *rest = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, g, b, q_sum, k_sum, final, y if ctx.norm else None, *rest)
+
+
+def differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_backward):
+    *inputs, final, y, starts, sum_starts, scale, x, u = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[2], dtype=inputs[0].dtype)
     dfinal = torch.zeros_like(final) if dfinal is None else dfinal.contiguous()
-    *grads, dstate = backward(*inputs, z, y, starts, zs, x, dy, dfinal, ctx.norm, ctx.chunk_size)
-    return *(None if x is None else grad for x, grad in zip(inputs, grads)), dstate, None, None
+    *grads, dstate = backward(*inputs, scale, y, starts, sum_starts, x, u, dy, dfinal, ctx.norm, ctx.chunk_size)
+    grads = [None if x is None else grad for x, grad in zip(inputs, grads)]
+    return *grads, dstate, None, None
 
 
-library.impl("lat::linear_attention", "default", _forward)
-library.impl("lat::linear_attention_backward", "default", _backward)
-library.register_fake("lat::linear_attention", _allocate)
-library.register_fake("lat::linear_attention_backward", _allocate_backward)
-library.register_autograd("lat::linear_attention", _differentiate, setup_context=_save)
+library.impl("lat::linear_attention", "default", forward)
+library.impl("lat::linear_attention_backward", "default", backward)
+library.register_fake("lat::linear_attention", allocate)
+library.register_fake("lat::linear_attention_backward", allocate_backward)
+library.register_autograd("lat::linear_attention", differentiate, setup_context=save)
 
 
-class _Eager(torch.autograd.Function):
+class Eager(torch.autograd.Function):
     """The same without the operators' dispatch, which costs more time on the CPU than the kernels need on the GPU."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
+        output = forward(*inputs)
+        save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[2:])
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        return _differentiate(ctx, *grads, backward=_backward)
+        return differentiate(ctx, *grads, backward=backward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operation, as model.py calls it
 
 
+def runs_on(x):
+    """Whether Triton is there and x on an Nvidia GPU from Ampere on, in 16 or 32 bits."""
+    if triton is None or not x.is_cuda or torch.version.hip is not None:
+        return False
+    supported = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return supported and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def available(q, v):
-    """Whether to run the kernels: Triton, an Nvidia GPU from Ampere on, 16 or 32 bits, widths where they are fast."""
-    return (triton is not None and q.is_cuda and torch.version.hip is None
-            and torch.cuda.get_device_capability(q.device) >= (8, 0)
-            and q.shape[-1] <= 128 and v.shape[-1] <= 256
-            and q.dtype in (torch.bfloat16, torch.float16, torch.float32))
+    """Whether to run the kernels: where they can, for widths where they are fast."""
+    return runs_on(q) and q.shape[-1] <= 128 and v.shape[-1] <= 256
 
 
 def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=64):
-    """model.linear_attention_chunked, unchecked, in 3 to 6 kernels: O(T C) work, O(T) memory.
+    """linear_attention_chunked of model.py in 2 or 3 kernels: O(T C) work, O(T) memory. With beta, the delta rule.
 
-    Args: as there, with K and V up to 256; views that are not contiguous cost no copy if their last dimension is dense.
-    Returns: y (B,H,T,V) in q.dtype, laid out (B,T,H,V); the state (B,H,K,V) in fp32.
+    Returns: y (B,H,T,V) in q.dtype, or autocast's, laid out (B,T,H,V); the state (B,H,K,V) in fp32.
+    Differs: products round bf16 inputs to bf16, fp16 to tf32, fp32 to three tf32 (about 1e-6); nothing is float64.
     """
-    return _run(q, k, v, log_decay, beta, None, None, state, v.shape[-1], False, chunk_size)
+    return run(q, k, v, log_decay, beta, None, None, state, False, chunk_size)
 
 
 def normalised_linear_attention(q, k, v, q_sum, k_sum, log_decay=None, state=None, chunk_size=64):
-    """model.normalised of the chunked form, unchecked, in one pass. The state (B,H,K,V+1) has the column of the sums."""
-    own = q_sum is q and k_sum is k
-    qz, kz = (None, None) if own else (q_sum, k_sum)
-    return _run(q, k, v, log_decay, None, qz, kz, state, v.shape[-1] + 1, True, chunk_size)
+    """y divided by the sum of the weights that q_sum and k_sum make, plus 1e-6; the state (B,H,K,V+1), with that sum's.
+
+    With q and k themselves for q_sum and k_sum, those sums cost next to nothing.
+    """
+    if q_sum is q and k_sum is k:
+        q_sum, k_sum = None, None
+    return run(q, k, v, log_decay, None, q_sum, k_sum, state, True, chunk_size)
 
 
-def _run(q, k, v, log_decay, beta, qz, kz, state, columns, norm, chunk_size):
-    B, H, _, K = q.shape
-    pad = -K % 16                                                     # aligned rows load 16 bytes at once
+def run(q, k, v, log_decay, beta, q_sum, k_sum, state, norm, chunk_size):
+    tensors = [q, k, v, q_sum, k_sum]
+    if torch.is_autocast_enabled("cuda"):                           # what autocast makes fp32 would cost three products
+        dtype = torch.get_autocast_dtype("cuda")
+        tensors = [x if x is None else x.to(dtype) for x in tensors]
+    q, k, v, q_sum, k_sum = tensors
+    B, H, T, K = q.shape
+    pad = -K % 16                                                   # aligned rows load 16 bytes at once
     if pad:
-        q, k, qz, kz = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, qz, kz))
-    g, b = (x if x is None else x.float().contiguous() for x in (log_decay, beta))
+        q, k, q_sum, k_sum = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, q_sum, k_sum))
+    g, b = (x if x is None else x.float() for x in (log_decay, beta))
     if state is None:
-        state = q.new_zeros(B, H, K + pad, columns, dtype=torch.float32)
+        state = q.new_zeros(B, H, K + pad, v.shape[-1] + norm, dtype=torch.float32)
     else:
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
-    run = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else _Eager.apply
-    y, state, *_ = run(q, k, v, g, b, qz, kz, state, norm, chunk_size)
+    operation = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else Eager.apply
+    y, state, *_ = operation(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size)
     return y, state[:, :, :K]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss, as speedups.py calls it
+
+
+@jit
+def softmax_loss_row(
+    logits, targets,
+    losses,
+    width, vocab,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """log(sum_j exp(logits_j)) - logits_target of one row; and in its place the gradient, softmax - one_hot.
+
+    The second pass goes from the end of the row, which the L2 cache still holds, to its start. 5,336 rows of 50,304 in
+    bf16 take 0.55 ms on an H100; read once and written once, they would take 0.36.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    target = tl.load(targets + row)
+    at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    highest = float("-inf")
+    total = tl.zeros((BLOCK,), tl.float32)
+    N = tl.cdiv(width, BLOCK)
+    for n in range(N):
+        j = n * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + j, mask=j < vocab, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        higher = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    log_z = highest + tl.log(tl.sum(total, 0))
+    counted = target >= 0
+    tl.store(losses + row, tl.where(counted, log_z - at_target, 0.0))
+    if GRADIENT:
+        for step in range(N):
+            j = (N - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(logits + j, mask=j < vocab, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+            gradient = tl.exp(x - log_z) - tl.where(j == target, 1.0, 0.0)
+            gradient = tl.where(counted, gradient, 0.0)
+            tl.store(logits + j, gradient, mask=j < width, eviction_policy="evict_first")
+
+
+def softmax_loss(logits, targets, vocab_size, with_grad):
+    """SoftmaxLoss of speedups.py in one kernel. The gradient takes the place of the logits (rows,width)."""
+    rows, width = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(logits):
+        softmax_loss_row[rows,](logits, targets, losses, width, vocab_size, GRADIENT=with_grad, BLOCK=4096, num_warps=8)
+    return losses.sum(), logits if with_grad else None
