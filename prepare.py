@@ -121,23 +121,22 @@ class Source:
         """The local files."""
         return [*dict.fromkeys(path for _, path, _, _ in self.parts if "://" not in path)]
 
-    def sha256(self):
-        """Of a local file; of the hashes of several; None of what is on the hub, at a revision that does not change."""
+    def of_each(self, call):
         try:
-            sums = [file_sha256(path) for path in self.paths]
+            return [call(path) for path in self.paths]
         except OSError as error:
             raise unreadable(error.filename or self.name, error) from None
+
+    def sha256(self):
+        """Of a local file; of the hashes of several; None of what is on the hub, at a revision that does not change."""
+        sums = self.of_each(file_sha256)
         if len(sums) > 1:
             return hashlib.sha256("".join(sums).encode()).hexdigest()
         return sums[0] if sums else None
 
     def state(self):
         """What shows that a file has been written to, even where it has the size it had."""
-        try:
-            stats = [os.stat(path) for path in self.paths]
-        except OSError as error:
-            raise unreadable(error.filename or self.name, error) from None
-        return [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+        return [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in self.of_each(os.stat)]
 
     def bins(self):
         kind, number = self.stem.split("-")
@@ -159,12 +158,13 @@ def list_sources(config):
 
 def local_sources(paths, base, val_fraction):
     """Files whose names, or folders below base, say validation are the validation split; else a share of all text is:
-    whole documents where there are many, the tail of each .txt where there are few."""
+    whole documents where there are many, the tail of each .txt where there are few and long."""
     validation = {path for path in paths if held_out(path, base)}
     if len(validation) == len(paths):
         raise UserError(f"--data_files: the names of all {len(paths)} files say validation, none is left to train on")
     documents = [path for path in paths if path.lower().endswith(".txt")]
-    tails = {*documents} if not validation and len(documents) * val_fraction < 5 else set()
+    few = not validation and len(documents) * val_fraction < 5
+    tails = {path for path in documents if few and os.path.getsize(path) * val_fraction > 1000}
     paths = sorted(paths, key=lambda path: path in validation)
     ends = itertools.accumulate(map(os.path.getsize, paths))
     groups = {path: (path in validation, end // GROUP) for path, end in zip(paths, ends)}
@@ -271,7 +271,7 @@ def encode_source(index, source):
     state = source.state()
     sha256 = source.sha256()  # a worker's task: it takes long
     fits = record and one_entry(record).get("source_sha256", sha256) == sha256
-    if record and not fits and is_finished(CONFIG.folder):
+    if record and not fits and (CONFIG.folder / "manifest.json").exists():
         raise UserError(changed(CONFIG.folder, source))
     bad = max(entry.get("bad", 0) for entry in record["files"].values()) if fits else 0
     whole = fits and bad <= CONFIG.max_bad and not any(bin_problems(CONFIG.folder, record, whole=True))
@@ -397,19 +397,16 @@ def one_entry(record):
     return next(iter(record["files"].values()))
 
 
-def is_finished(folder):
-    return (folder / "manifest.json").exists()
-
-
 def check_same_work(folder, options, sources):
     """Refuses to mix a finished dataset, or what was downloaded of one, with anything that this command would not have
-    written itself. Of local files that were never finished, what does not fit is made anew."""
+    written itself. Of local files that were never finished, what does not fit is made again."""
     planned = {source.record: source for source in sources}
+    finished = (folder / "manifest.json").exists()
     for path in list_records(folder):
         record = read_record(path)
         if not record or not (problem := difference(folder, record, options, planned.get(path.name))):
             continue
-        if is_finished(folder) or options["origin"] != "local files":
+        if finished or options["origin"] != "local files":
             raise UserError(problem)
         remove(folder, path.name, *record["files"])
 
@@ -430,7 +427,7 @@ def difference(folder, record, options, source):
 
 def changed(folder, source):
     return (f"{source.name} has changed since {folder / source.record} was made from it: restore it, or delete that "
-            "record and the same command makes it anew, or take another --dataset name")
+            "record and the same command makes it again, or take another --dataset name")
 
 
 def check_disk(folder, options, sources):
@@ -465,7 +462,7 @@ def encode_all(config, options, sources):
                 for future in done:
                     future.result()
         except futures.process.BrokenProcessPool:
-            raise UserError("a worker process was killed, perhaps for want of memory: try fewer --processes; the same "
+            raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the same "
                             "command continues where this one stopped") from None
         finally:
             progress[0] = True  # who is at work stops, and leaves nothing half-written

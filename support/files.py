@@ -58,8 +58,10 @@ def leftovers(folder, name):
 
 def cannot_write(path, error):
     reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
-    return UserError(f"cannot write {path} ({reason}): is the disk full? What was there before is intact, and the "
-                     "same command continues")
+    refused = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+    question = "may you write there?" if refused else "is the disk full?"
+    return UserError(f"cannot write {path} ({reason}): {question} What was there before is intact, and the same command "
+                     "continues")
 
 
 def sync(path):
