@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -33,7 +32,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, command, configure, help_first, printable
@@ -43,7 +41,7 @@ help_first(__name__, __file__)
 from support.advice import next_steps, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
-from support.shards import Bin, hash_limit, list_records, read_record, verify, write_manifest
+from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
 from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
                            read_hub, split_tail, unreadable, valid)
 
@@ -355,7 +353,8 @@ def prepare(config):
     if sources[0].stem.startswith("both"):
         options["val_fraction"] = config.val_fraction
     check_same_work(config.folder, options, sources)
-    check_disk(config.folder, options, sources)
+    missing = [source for source in sources if not (config.folder / source.record).exists()]
+    check_disk(config.folder, options, text_size(missing))
     for stale in [path for name in ("*-*.bin", "*-*.json", "manifest.json") for path in leftovers(config.folder, name)]:
         with contextlib.suppress(OSError):
             stale.unlink()
@@ -430,16 +429,6 @@ def changed(folder, source):
             "record and the same command makes it again, or take another --dataset name")
 
 
-def check_disk(folder, options, sources):
-    """Estimates from above, for English, what is still to be written: a GPT-2 token is 4 bytes."""
-    text = text_size(source for source in sources if not (folder / source.record).exists())
-    need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if need > (free := shutil.disk_usage(place).free):
-        raise UserError(f"{folder} needs about {need / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free: "
-                        "make room, use another --data_dir, or fewer --shards")
-
-
 def encode_all(config, options, sources):
     """encode_source for all sources in worker processes, with one progress bar over the bytes of all."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
@@ -462,8 +451,8 @@ def encode_all(config, options, sources):
                 for future in done:
                     future.result()
         except futures.process.BrokenProcessPool:
-            raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the same "
-                            "command continues where this one stopped") from None
+            raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the "
+                            "same command continues where this one stopped") from None
         finally:
             progress[0] = True  # who is at work stops, and leaves nothing half-written
             manager = getattr(pool, "_executor_manager_thread", None)

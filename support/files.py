@@ -60,8 +60,8 @@ def cannot_write(path, error):
     reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
     refused = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
     question = "may you write there?" if refused else "is the disk full?"
-    return UserError(f"cannot write {path} ({reason}): {question} What was there before is intact, and the same command "
-                     "continues")
+    return UserError(f"cannot write {path} ({reason}): {question} What was there before is intact, and the same "
+                     "command continues")
 
 
 def sync(path):

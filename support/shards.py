@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import itertools
 import re
+import shutil
 import zlib
+
+import numpy as np
 
 from configurator import UserError
 from support.dataset import bin_problems, check_not_empty, read_sealed, remake, seal, write_sealed
@@ -70,6 +73,16 @@ def hash_limit(found, fraction):
     nearest = min(held, key=lambda crc: abs(held[crc] - wanted), default=0)
     near = nearest and wanted / 2 <= held[nearest] <= 2 * wanted
     return nearest if near else None, read_ahead
+
+
+def check_disk(folder, options, text):
+    """Estimates from above, for English, what is to be written of so many bytes: a GPT-2 token is 4 bytes."""
+    need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(f"{folder} needs about {need / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free: "
+                        "make room, use another --data_dir, or fewer --shards")
 
 
 def made_files(folder, ending):

@@ -148,7 +148,8 @@ def test_every_line_is_a_text_or_is_counted(scratch, lines):
     assert all(isinstance(text, str) for text in texts)
     if data.decode(errors="replace").lstrip().startswith("["):
         return  # the records of an array
-    assert len(texts) + bad == len([line for line in re.split("\r\n|\r|\n", data.decode(errors="replace")) if line.strip()])
+    lines = re.split("\r\n|\r|\n", data.decode(errors="replace"))
+    assert len(texts) + bad == sum(bool(line.strip()) for line in lines)
 
 
 @given(st.lists(st.text(st.characters())))
@@ -421,7 +422,7 @@ def test_missing_files_are_named_before_a_missing_vocabulary(tmp_path):
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text " * 100)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(UserError, match="free"):
         prepare.main(["--dataset=x", "--data_files=a.txt", "--tokenizer=bytes"])
     assert not (tmp_path / "data").exists()
@@ -497,7 +498,8 @@ def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, 
     out = run(tmp_path, "--dataset=d", f"--data_files={pattern}", alone=False)
     if held:
         assert f"  validation: {', '.join(held)}\n" in out
-        assert sorted(texts_of(tmp_path / "data/d", "val")) == sorted(f"{name} {i}" for name in held for i in range(200))
+        wanted = sorted(f"{name} {i}" for name in held for i in range(200))
+        assert sorted(texts_of(tmp_path / "data/d", "val")) == wanted
     else:
         assert "% of the tokens, from all files alike" in out
         assert 0 < len(texts_of(tmp_path / "data/d", "val")) < 60
@@ -543,7 +545,8 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path, monkeypatch, name):
 def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_command_works(tmp_path):
     import shlex
     (tmp_path / "a.txt").write_text("text " * 1000)
-    out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=os.environ | {"HOME": str(tmp_path)})
+    home = os.environ | {"HOME": str(tmp_path)}
+    out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=home)
     assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
     words = shlex.split(re.search("next: (.*?)    ", out)[1])
     assert words[:3] == ["python", "train.py", "config/tiny.py"] and f"--data_dir={tmp_path}/my $data;" in words
