@@ -12,7 +12,6 @@ import re
 import secrets
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 from configurator import UserError
@@ -97,19 +96,6 @@ class Busy(UserError):
     """Another process is at work in a folder."""
 
     code = 4
-
-
-def check_target(path, flag):
-    """UserError where path could not be written, before the work of which it is to hold the result."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}): use another --{flag}") from None
 
 
 @contextlib.contextmanager
