@@ -157,7 +157,8 @@ CUT = {"prepare.py": ["--processes=1"],
                              "--eval_tokens=64", "--device=cpu"],
        "experiments.compare": [*MODEL, "--seq_len=8", "--batch_size=2", "--max_steps=2", "--warmup_steps=1",
                                "--eval_tokens=64", "--lrs=0.01", "--seeds=1", "--device=cpu", "--precision=fp32"],
-       "experiments.recall": ["--only=elu d32,elu d64", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
+       "experiments.python_source": ["--root=packages"],
+       "experiments.recall": ["--only=elu", "--epochs=1", "--seeds=1", "--workers=1", "--device=cpu"]}
 WITHOUT = {"--tasks": "lm_eval", "--tensorboard": "tensorboard", "--wandb_project": "wandb"}  # one line names them
 
 
@@ -189,6 +190,9 @@ def reader(tmp_path, monkeypatch):
                  "shakespeare_val.txt"):
         (tmp_path / path).write_text(text)
     (tmp_path / "mine.py").write_text(mixer_of_ones_own())
+    for i in range(60):
+        (tmp_path / f"packages/{i}").mkdir(parents=True)
+        (tmp_path / f"packages/{i}/module.py").write_text(f"y = {i}\n" * 50)
     (tmp_path / "experiments/sweeps").mkdir(parents=True)
     for path in (ROOT / "experiments/sweeps").glob("*.py"):                       # one arm of each
         text_of_one = re.sub(r"^arms = \[.*?\]", 'arms = ["config/base.py"]', path.read_text(), flags=re.M | re.S)
