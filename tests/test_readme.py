@@ -23,7 +23,7 @@ import model
 import prepare
 import sample
 import train
-from experiments import bench, compare, python_source, recall
+from experiments import bench, compare, gpu_check, parity, python_source, recall
 from test_sample import one_thread  # noqa: F401 (a fixture)
 from test_train import as_it_was  # noqa: F401 (a fixture)
 
@@ -36,6 +36,8 @@ CONFIGS = {"eval.py": (eval.EvalConfig,), "prepare.py": (prepare.PrepareConfig,)
            "train.py": (train.TrainConfig, model.ModelConfig),
            "experiments.bench": (bench.BenchConfig, model.ModelConfig, train.TrainConfig),
            "experiments.compare": (compare.CompareConfig,),
+           "experiments.gpu_check": (gpu_check.CheckConfig,),
+           "experiments.parity": (parity.ParityConfig,),
            "experiments.python_source": (python_source.SourceConfig,),
            "experiments.recall": (recall.RecallConfig,)}
 FOLDERS = [ROOT, *(ROOT / name for name in ("support", "experiments", "config"))]
