@@ -5,12 +5,12 @@ Softmax attention compares each query with every earlier key, O(T^2) in time:
     y_t = sum_{j<=t} exp(q_t . k_j) v_j / sum_{j<=t} exp(q_t . k_j)
 
 Replace exp(q . k) by a product of features, phi(q) . phi(k), and from here on write q and k for the features. Now the
-query can be taken out of the sum:
+query can be taken out of the sum. For the numerator (the denominator is the same with every v_j = 1):
 
     y_t = sum_{j<=t} (q_t . k_j) v_j = S_t^T q_t      with      S_t = sum_{j<=t} k_j v_j^T = S_{t-1} + k_t v_t^T
 
-S is one matrix per head, however long the text: a million tokens are generated in the memory of one. The denominator
-is the same sum with every v_j = 1 (`normalised`, below). A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at
+S is one matrix per head, however long the text: a million tokens are generated in the memory of one. The softmax's
+1 / sqrt(d) is left to phi, or cancels in the division. A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at
 token t what token j wrote counts exp(g_{j+1} + ... + g_t).
 
 Three forms give the same numbers:
@@ -45,7 +45,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from support import kernels, speedups  # faster equivalents of what stands here; before torch, for its threads
+# Fast versions of what stands below, none of them needed. Before torch, since support sets torch's threads.
+from support import kernels, speedups
 
 import torch
 import torch.nn as nn
@@ -69,15 +70,15 @@ def decays(g):
     since_start (...,L,1)    exp(G_i): what is left at token i of the state before the first token
     until_end (...,L,1)      decay[last, j]: what is left at the last token of what token j wrote
     """
-    # A g so low that exp(g) underflows resets the state. The sums leave it out: they would lose the digits of all that
-    # follows, or become inf - inf. Instead, what is older than a reset is masked as the future is.
+    # Where exp(g) underflows, the state is reset. Such a g is left out of the sums: added in, it would swamp all later
+    # terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones are.
     is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
     G = g.masked_fill(is_reset, 0).cumsum(-1)
     token = torch.arange(g.shape[-1], device=g.device)
     last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
     i, j = token[:, None], token
     masked = (j > i) | (j < last_reset[..., None])
-    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Nor is exp(G_i) exp(-G_j) safe.
+    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
     decay = (G[..., :, None] - G[..., None, :]).masked_fill(masked, -math.inf).exp()
     since_start = G.exp().masked_fill(last_reset >= 0, 0)
     until_end = decay[..., -1, :]
@@ -93,7 +94,7 @@ def quadratic(q, k, v, g, S):
 
 
 def recurrent(q, k, v, g, S):
-    """The two equations, token by token."""
+    """The recurrence, token by token: S_t = exp(g_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t."""
     ys = []
     for q_t, k_t, v_t, g_t in zip(*unbind(q, k, v, g)):
         S = g_t.exp()[..., None, None] * S + outer(k_t, v_t)
@@ -101,14 +102,18 @@ def recurrent(q, k, v, g, S):
     return torch.stack(ys, dim=2), S
 
 
-def chunked(q, k, v, g, S, chunk_size, scores):
-    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size; scores(q, k) gives q k^T."""
+def chunked(q, k, v, g, S, chunk_size, scores=None):
+    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size.
+
+    scores(q, k), where given, is a cheaper way to get q k^T: the taylor map has one.
+    """
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
 
     # 2. In each chunk: what its queries read of it, and what it adds to the state.
-    inside = (scores(q, k) * decay) @ v                               # (B,H,N,C,V)
+    qk = scores(q, k) if scores else q @ k.mT
+    inside = (qk * decay) @ v                                         # (B,H,N,C,V)
     added = (k * until_end).mT @ v                                    # (B,H,N,K,V)
     kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before it
 
@@ -138,17 +143,13 @@ def unbind(*xs):
     return (x.unbind(2) for x in xs)
 
 
-def dot_products(q, k):
-    return q @ k.mT
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The delta rule writes b (v - what S already answers to k): it corrects the state instead of adding to it. That is
 #
 #     S_t = (I - b k k^T) S' + b k v^T      with      S' = exp(g_t) S_{t-1}
 #
 # so along k the old content is scaled by 1 - b |k|^2. With |k| = 1, b = 1 replaces it, b = 0 keeps it, and b = 2 flips
-# its sign; outside of [0, 2] the state would diverge.
+# its sign; outside [0, 2] the state can diverge.
 
 
 def delta_recurrent(q, k, v, g, b, S):
@@ -167,11 +168,11 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
         u_i = b_i (v_i - exp(G_i) S^T k_i - sum_{j<i} decay_ij (k_i . k_j) u_j)
 
-    since S' holds what is left of S and of the earlier writes. For the whole chunk that is one triangular system,
-    (I + L) u = b v - b exp(G) (k S). S is not known yet, but it stands in one term alone. So both terms are solved, in
-    all chunks at once, and the loop over chunks only adds them: u = own - seen S [5, Eq. 8 to 10], with
+    since S' holds what is left of S and of the earlier writes. With the tokens of a chunk as rows, and
+    L_ij = b_i decay_ij (k_i . k_j) for j < i, this is one triangular system, (I + L) u = b v - b exp(G) (k S). S is
+    known only inside the loop over chunks, but u is linear in it, so the loop need not solve: u = own - seen S, with
 
-        own = (I + L)^-1 (b v)      and      seen = (I + L)^-1 (b exp(G) k)
+        own = (I + L)^-1 (b v)      and      seen = (I + L)^-1 (b exp(G) k)      [5, Eq. 8 to 10]
     """
     q, k, v, g, b = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g, b))
     decay, since_start, until_end = decays(g)
@@ -204,8 +205,8 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
     """Linear attention by its definition, all pairs of tokens: O(T^2).
 
-    Args: q, k (B,H,T,K), after the feature map; v (B,H,T,V); log_decay (B,H,T), at most 0 (-inf resets the state);
-      beta (B,H,T), in [0, 2], for the delta rule, whose keys have length 1; state (B,H,K,V), None for zeros. Any T >= 1.
+    Args: q, k (B,H,T,K), after the feature map, any T >= 1; v (B,H,T,V); log_decay (B,H,T), at most 0 (-inf resets the
+      state); beta (B,H,T), in [0, 2], for the delta rule, whose keys have length 1; state (B,H,K,V), None for zeros.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), fp32 or wider. Pass it to the next call
       to continue the sequence: any split gives the same result.
     Raises: ValueError when shapes do not fit.
@@ -221,7 +222,7 @@ def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
 
 
 def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
-    """The same, token by token: O(T), with a state of fixed size. Arguments and results as above."""
+    """Linear attention token by token: O(T), with a state of fixed size. Arguments as of linear_attention_quadratic."""
     check_shapes(q, k, v, log_decay, beta, state)
     form = recurrent if beta is None else delta_recurrent
     with torch.autocast(q.device.type, enabled=False):
@@ -230,11 +231,10 @@ def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
 
 
 def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64, scores=None):
-    """The same, in chunks: O(T chunk_size) in matrix products; in Triton where that is available.
+    """Linear attention in chunks: O(T chunk_size) in matrix products, in Triton where that is available.
 
-    Args: as above; chunk_size; scores, a cheaper way than the product to get q k^T from features q and k, used by the
-      plain form in PyTorch.
-    Differs in Triton: products run in bf16 for bf16 inputs, in tf32 for fp16, in three tf32 for fp32 (error about 1e-6).
+    Args: as of linear_attention_quadratic; chunk_size; scores, as of `chunked`.
+    In Triton, products run in bf16 for bf16 inputs, in tf32 for fp16, and for fp32 as three tf32 products (error 1e-6).
     """
     check_shapes(q, k, v, log_decay, beta, state, chunk_size)
     if kernels.available(q, v):
@@ -245,7 +245,7 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
-            y, S = chunked(*tokens, S, chunk_size, scores or dot_products)
+            y, S = chunked(*tokens, S, chunk_size, scores)
         else:
             y, S = delta_chunked(*tokens, S, chunk_size)
     return y[:, :, :T].to(q.dtype), S
@@ -277,7 +277,7 @@ def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
 
 
 def widened(q, k, v, log_decay, beta, state):
-    """[q, k, v, g, S], or with beta [q, k, v, g, b, S], in fp32 or wider: bf16 keeps 8 bits, where 256 + 1 is 256."""
+    """[q, k, v, g, S], or with beta [q, k, v, g, b, S], in fp32 or wider: sums in bf16 stall at 256 + 1 = 256."""
     B, H, T, K = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     if log_decay is None:
@@ -299,41 +299,27 @@ def require(condition, message):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The sum normaliser
+# Positions
 
 
-def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk_size=64, scores=None):
-    """Linear attention divided by the sum of its weights, as a softmax is [1, Eq. 12]:
+def rope_table(positions, width):
+    """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 rad off at 10^6
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
+    angle = positions.to(wide)[:, None] * frequency
+    return angle.cos(), angle.sin()
 
-        y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} q_den_t . k_den_j
 
-    The denominator is what the same form returns when every value is 1. It has a pair of its own, the features before
-    rope: rotated features can be negative, and a sum of weights of both signs can be 0. So with rope the weights of the
-    numerator need not be positive, nor sum to 1, as in [7, Eq. 19]. Without rope both pairs are the same tensors.
+def rotate(x, table):
+    """Turns each pair of features of x (B,H,T,d) by the angles of its position; returns x itself without a table.
 
-    Args: form, one of the above, with its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the column
-      of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
+    Unlike in [7], pairs are (i, i + d/2), not neighbours: the same up to a permutation of features.
     """
-    options = {}
-    if form is linear_attention_chunked:
-        if kernels.available(q, v):
-            return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, chunk_size)
-        options = {"chunk_size": chunk_size, "scores": scores}
-    dtype = q.dtype
-    one_pair = q is q_den and k is k_den
-    q, k, v, q_den, k_den = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_den, k_den))
-    ones = torch.ones_like(v[..., :1])
-    V = v.shape[-1]
-    if one_pair:                                                      # both sums in one pass
-        y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
-        y, denominator = y.split([V, 1], dim=-1)
-    else:
-        S, Z = (None, None) if state is None else state.split([V, 1], dim=-1)
-        y, S = form(q, k, v, log_decay, state=S, **options)
-        denominator, Z = form(q_den, k_den, ones, log_decay, state=Z, **options)
-        state = torch.cat([S, Z], dim=-1)
-    y = y / (denominator + 1e-6)                                      # relu can make all weights 0
-    return y.to(dtype), state
+    if table is None:
+        return x
+    cos, sin = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,17 +328,18 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """phi and what is known of it. Yours is a line of FEATURE_MAPS; feature_map=NAME then works everywhere."""
+    """A feature map phi and its properties. Add a line of FEATURE_MAPS for your own; feature_map=NAME takes it."""
 
     phi: Callable                # (...,d) -> (...,K)
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
-    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k: not with rope, which leaves a numerator over 0
+    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and the rotated one not: refused with rope
     unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
-    rotate_first: bool = False   # K != d, or weights that depend on q . k alone: rope turns q and k before phi
-    scores: Callable | None = None  # (phi(q), phi(k)) -> phi(q) phi(k)^T, where that is cheaper than the product
+    rotate_first: bool = False   # rope turns q and k before phi, not after: where K != d, or phi is made for q . k
+    scores: Callable | None = None  # (phi(q), phi(k)) -> phi(q) phi(k)^T, cheaper than the product
 
     def pairs(self, q, k, rope):
-        """q, k (B,H,T,d) before phi -> features for the numerator, rotated by rope, and for the denominator."""
+        """q, k (B,H,T,d) before phi -> q, k for the numerator, with rope, and q_den, k_den for the denominator, without
+        (rotate_first: both with it)."""
         if self.rotate_first:
             q, k = self.features(rotate(q, rope)), self.features(rotate(k, rope))
             return q, k, q, k
@@ -360,7 +347,7 @@ class FeatureMap:
         return rotate(q, rope), rotate(k, rope), q, k
 
     def features(self, x):
-        """phi in the dtype of x. Autocast makes exp and norms fp32, and the kernels multiply in what they are given."""
+        """phi, cast back: autocast returns fp32 from exp and norms, and the kernels would then multiply in fp32."""
         return self.phi(x).to(x.dtype)
 
 
@@ -379,7 +366,7 @@ def silu_l2(x):
 def taylor(x):
     """Features of the second-order Taylor expansion of exp(q.k / sqrt(d)) [2]: 1, d linear, d (d + 1) / 2 quadratic.
 
-    Differs: x_i x_j and x_j x_i are one feature, times sqrt(2); 153 features instead of 273 at d = 16, same products.
+    Unlike in [2], x_i x_j and x_j x_i are one feature, times sqrt(2): 153 instead of 273 at d = 16, same products.
     """
     d = x.shape[-1]
     x = x * d ** -0.25
@@ -405,27 +392,42 @@ FEATURE_MAPS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions
+# The sum normaliser
 
 
-def rope_table(positions, width):
-    """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 rad off at 10^6
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
-    angle = positions.to(wide)[:, None] * frequency
-    return angle.cos(), angle.sin()
+def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk_size=64, scores=None):
+    """Linear attention divided by the sum of its weights, as a softmax is [1, Eq. 12]:
 
+        y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
 
-def rotate(x, table):
-    """Turns each pair of features of x (B,H,T,d) by the angles of its position; returns x itself without a table.
+    The denominator is what the same form returns when every value is 1. With rope the numerator uses rotated features,
+    so its weights depend on t - j, and may be negative. The denominator uses the features as they were before rope, so
+    that it stays positive; the weights then need not sum to 1 [7, Eq. 19]. Without rope q_den is q, and k_den is k.
 
-    Differs from [7]: pairs are (i, i + d/2), not neighbours; the same up to a permutation of features.
+    Args: form, one of the above, with its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the column
+      of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    if table is None:
-        return x
-    cos, sin = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in table)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    options = {}
+    if form is linear_attention_chunked:
+        if kernels.available(q, v):
+            return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, chunk_size)
+        options = {"chunk_size": chunk_size, "scores": scores}
+    # The forms return q.dtype: widen first, so that the division is in fp32.
+    dtype = q.dtype
+    one_pair = q is q_den and k is k_den
+    q, k, v, q_den, k_den = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_den, k_den))
+    ones = torch.ones_like(v[..., :1])
+    V = v.shape[-1]
+    if one_pair:                                                      # both sums in one pass
+        y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
+        y, denominator = y.split([V, 1], dim=-1)
+    else:
+        S, Z = (None, None) if state is None else state.split([V, 1], dim=-1)
+        y, S = form(q, k, v, log_decay, state=S, **options)
+        denominator, Z = form(q_den, k_den, ones, log_decay, state=Z, **options)
+        state = torch.cat([S, Z], dim=-1)
+    y = y / (denominator + 1e-6)                                      # relu can make all weights 0
+    return y.to(dtype), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,15 +439,15 @@ class ModelConfig:
     vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
     dim: int = 512                 # model width
     depth: int = 6                 # number of blocks
-    n_heads: int = 8               # heads H of every mixer; a head is dim / n_heads wide
+    n_heads: int = 8               # heads H of every mixer but conv; a head is dim / n_heads wide
     seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
-    mixers: str | list[str] = "linear"  # linear | window | softmax | conv, a pattern that repeats over the depth
-    causal: bool = True            # False: every token sees all others (encoders; linear and softmax mixers only)
+    mixers: str | list[str] = "linear"  # a pattern of linear, window, softmax and conv that repeats over the depth
+    causal: bool = True            # False: every token sees the whole text (encoders; linear and softmax mixers only)
     pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
     feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS
     feature_dim: int = 0           # linear: width of q and k per head, before the feature map; 0 means dim / n_heads
     expand_v: float = 1.0          # linear: width of v per head, in units of dim / n_heads
-    decay: Literal["none", "fixed", "gated"] = "none"  # linear: forget nothing, at a rate per head, or as the token says
+    decay: Literal["none", "fixed", "gated"] = "none"  # linear: none, constant per head, or from each token
     delta: bool = False            # linear: delta rule, write v minus what the state already answers to k
     beta_max: float = 1.0          # linear: largest beta of the delta rule; above 1 a write can flip signs in the state
     normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
@@ -455,7 +457,7 @@ class ModelConfig:
     window: int = 64               # window: tokens each token sees, itself included
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # the feed-forward half of a block
-    mlp_ratio: float = 4.0         # width of the MLP, in units of dim (swiglu: of as many parameters); 0 leaves it out
+    mlp_ratio: float = 4.0         # width of the MLP / dim; swiglu takes 2/3 of it, for equal parameters; 0: no MLP
     tied: bool = True              # the output projection is the embedding
     dropout: float = 0.0           # on the embedding and on every residual branch
     tokenizer: str = ""            # whose ids the tokens are, name:hash; train.py takes it from the dataset
@@ -485,7 +487,7 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """x W^T, without a bias. With several widths, W is as many matrices one below the other; Muon steps each by itself."""
+    """x W^T, without a bias. Several widths: that many matrices stacked in W, which Muon updates each by itself."""
 
     def __init__(self, width_in, *parts):
         super().__init__(width_in, sum(parts), bias=False)
@@ -526,7 +528,7 @@ class CausalConv(nn.Module):
 class LinearAttention(nn.Module):
     """Linear attention with the sum normaliser [1, 2].
 
-    Its state is (None, S): S (B,H,K,V+1), with the column of the denominator, and no inputs of a convolution.
+    Its state is (None, S): S (B,H,K,V+1), with the denominator as its last column; None for no convolution.
     """
 
     def __init__(self, config):
@@ -541,7 +543,7 @@ class LinearAttention(nn.Module):
     def forward(self, x, state, ropes):                               # x (B,T,D)
         _, S = state or (None, None)
         q, k, v = split_heads(self.qkv(x), self.config.n_heads, self.widths)  # q and k still before phi
-        # attend(q, k, v, S, rope), recomputed for the backward pass: cheap to compute, and large to keep.
+        # = self.attend(q, k, v, S, rope), with its activations recomputed in the backward pass, to save memory.
         y, S = speedups.checkpointed(self.attend, q, k, v, S, ropes.get(q.shape[-1]))
         return self.out(merge_heads(y)), (None, S)
 
@@ -559,8 +561,8 @@ class LinearAttention(nn.Module):
 class ExtendedLinearAttention(LinearAttention):
     """LinearAttention with the options of later papers, in any combination.
 
-    [3]: decay=fixed, normaliser=rms, output_gate. [5]: delta, normaliser=rms, short_conv. [6]: the same as [5], with
-    decay=gated and output_gate.
+    [3]: feature_map=identity, decay=fixed, normaliser=rms, output_gate.
+    [5]: feature_map=silu_l2, delta, normaliser=rms, short_conv. [6]: as [5], with decay=gated and output_gate.
     Its state is (the last inputs of the convolution, S): S (B,H,K,V), or (B,H,K,V+1) with normaliser=sum.
     """
 
@@ -589,8 +591,9 @@ class ExtendedLinearAttention(LinearAttention):
             qkv, conv_state = self.conv(qkv, conv_state)
         q, k, v = split_heads(qkv, config.n_heads, self.widths)
         if config.short_conv:
-            v = F.silu(v)                                             # as [5, 6]; q and k get their feature map
-        y, S = speedups.checkpointed(self.attend, q, k, v, S, ropes.get(q.shape[-1]), self.log_decay(x), self.strength(x))
+            v = F.silu(v)                                             # q and k get their nonlinearity from phi
+        rope = ropes.get(q.shape[-1])
+        y, S = speedups.checkpointed(self.attend, q, k, v, S, rope, self.log_decay(x), self.strength(x))
         if config.normaliser == "rms":
             y = self.norm(y.to(self.norm.weight.dtype)).to(v.dtype)
         y = merge_heads(y)
@@ -619,7 +622,7 @@ class ExtendedLinearAttention(LinearAttention):
         return None
 
     def strength(self, x):
-        """The delta rule's beta: (B,T,D) -> (B,H,T), or None. Beyond 1 it lets a state count modulo 2 [9]."""
+        """The delta rule's beta: (B,T,D) -> (B,H,T), or None. Above 1 it can flip signs: parity [9]."""
         if not self.config.delta:
             return None
         return self.config.beta_max * self.beta(x).sigmoid().transpose(1, 2)
@@ -687,7 +690,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """Based's gated short convolution [2]: (conv(x) + b) (x W + c) + x, over 3 tokens. Its state is the last 2 inputs."""
+    """Based's gated short convolution [2], (conv(x) + b) (x W + c) + x, over 3 tokens. Its state is the last 2."""
 
     def __init__(self, config):
         super().__init__()
@@ -700,13 +703,14 @@ class GatedConv(nn.Module):
         return (y + self.conv_bias) * self.gate(x) + x, state
 
 
-# A mixer is a module made from the configuration and called as mixer(x, state, ropes): x (B,T,D), of any T >= 1; the
-# state it returned for the tokens before, or None at the start of a text; ropes, {head width: rope_table} for pos=rope.
-# It returns its output (B,T,D) and its new state. The state is a tensor, or tuples, lists or dicts of tensors and None,
-# on x.device, first dimension B. Where its shapes stay the same from token to token, as all but softmax's do, decoding is
-# recorded as a CUDA graph, which would capture anything else as a constant: a state with a number in it is not recorded.
-# Reading a text in pieces must give what reading it at once gives. Yours is one more line here, or in a file of your
-# own, model.MIXERS["name"] = ..., which train.py, sample.py and eval.py import by --plugin=FILE.
+# A mixer is built as mixer(config) and called as mixer(x, state, ropes) -> (y, new state).
+#   x, y: (B,T,D), any T >= 1. Any split of a text over calls must give what one call gives.
+#   state: None at the start of a text, else what the last call returned: tensors on x.device with first dimension B, or
+#     nested tuples, lists and dicts of them and None. No Python numbers: once its shapes stay the same from token to
+#     token, decoding is recorded as a CUDA graph, which would freeze them, so such a state is not recorded.
+#   ropes: {head width: rope_table}, empty unless pos=rope.
+# Add yours here, or in a file of your own that train.py, sample.py and eval.py import by --plugin=FILE:
+# model.MIXERS["name"] = ...
 MIXERS = {
     "linear": linear_mixer,
     "window": lambda config: SoftmaxAttention(config, config.window),
@@ -733,11 +737,11 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = MLPS[config.mlp]
         hidden = max(1, round(config.mlp_ratio * config.dim))
-        inner = hidden
+        inner = [hidden]
         if config.mlp == "swiglu":                                    # three matrices for the price of two
             hidden = max(8, round(hidden * 2 / 3 / 8) * 8)
-            inner = 2 * hidden
-        self.up = Projection(config.dim, inner)
+            inner = [hidden, hidden]                                  # the gate, and what it multiplies
+        self.up = Projection(config.dim, *inner)
         self.out = Projection(hidden, config.dim)
 
     def forward(self, x):
@@ -784,7 +788,7 @@ class LM(nn.Module, HubMixin):
             self.unembed.weight = self.embed.weight
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                # As GPT-2: the outputs of 2 * depth residual branches add up.
+                # As GPT-2: smaller weights where 2 * depth layers add to the residual stream.
                 std = 0.02 / (2 * config.depth) ** 0.5 if name.endswith(".out") else 0.02
                 nn.init.normal_(module.weight, std=std)
 
@@ -796,10 +800,10 @@ class LM(nn.Module, HubMixin):
           targets >= 0.
         Raises: ValueError for no tokens, targets of another shape, a state with causal=False, or no learned position.
         """
+        require(targets is None or targets.shape == idx.shape, "there must be one target for each token of idx")
         x, state = self.hidden(idx, state)
         if targets is None:
             return self.logits(x), state
-        require(targets.shape == idx.shape, "there must be one target for each token of idx")
         return self.loss(x, targets), state
 
     def hidden(self, idx, state=None):
@@ -834,7 +838,7 @@ class LM(nn.Module, HubMixin):
                     f"{tokens} tokens: shorten it, or train with pos=rope or none")
             return self.embed_pos(positions)
         waves = torch.cat(rope_table(positions, config.dim), dim=-1)[:, :config.dim]
-        return 0.02 * waves.to(self.embed.weight.dtype)               # at 1 it would drown the embedding in the norms
+        return 0.02 * waves.to(self.embed.weight.dtype)               # the scale of a new embedding
 
     def logits(self, x):
         return self.unembed(x)[..., :self.config.vocab_size]
@@ -856,7 +860,8 @@ class LM(nn.Module, HubMixin):
 
         Linear mixers read the prompt, in pieces, by the chunked form, and each new token by the recurrent one.
         temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that together
-        have p. Yields: (tokens (B,), the state before them; on a GPU the next step overwrites it, so clone it to keep).
+        have p.
+        Yields: (tokens (B,), the state before reading them). On a GPU the next step overwrites it: clone it to keep it.
         """
         step = self.read
         if idx.is_cuda and self.config.pos != "learned":
@@ -915,11 +920,12 @@ def check_config(config):
             f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(config.mixers) or 'nothing'!r}")
     require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
     require(config.dim % config.n_heads == 0, f"dim={config.dim} must be a multiple of n_heads={config.n_heads}")
-    require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: beyond, the state "
-            "of a delta rule diverges")
+    require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: above 2 the "
+            "state of a delta rule diverges")
     require(config.value_dim >= 1, f"expand_v={config.expand_v} leaves v no width")
     if config.pos == "rope":
-        widths = {config.key_dim if mixer == "linear" else config.head_dim for mixer in config.mixers if mixer != "conv"}
+        turned = [mixer for mixer in config.mixers if mixer != "conv"]
+        widths = {config.key_dim if mixer == "linear" else config.head_dim for mixer in turned}
         require(all(width % 2 == 0 for width in widths),
                 f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(widths)}")
     if "linear" in config.mixers:
@@ -935,7 +941,7 @@ def check_linear(config):
     name, phi = config.feature_map, FEATURE_MAPS[config.feature_map]
     if config.normaliser == "sum":
         require(phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or negative: "
-                "take normaliser=rms, or feature_map elu, relu or taylor")
+                "take normaliser=rms, or feature_map elu or taylor")
         require(not (phi.can_vanish and config.pos == "rope"), f"feature_map={name} can make all weights zero, and "
                 "pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
         require(not config.delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms")

@@ -64,16 +64,20 @@ def causal_conv(x, weight):
 def window_attention(q, k, v, w):
     """Softmax attention over the last w tokens, O(T w). q (B,H,T,d) are the last T tokens of k and v (B,H,past+T,d)."""
     T, d = q.shape[2:]
-    on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and d <= 256
-    if on_gpu and T == k.shape[2] and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    on_gpu = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    fits = q.dtype in (torch.bfloat16, torch.float16) and d <= 256
+    if on_gpu and fits and T == k.shape[2]:
         return flash_window(q, k, v, w)
     return window_in_blocks(q, k, v, w)
 
 
 def flash_window(q, k, v, w):
-    """FlashAttention with a window, of torch's own build of it. Forward and backward of 65,536 tokens on an H100, 4 heads
-    of 128, w = 256: 1.23 ms at T = 1024 and 1.28 at 8192. In blocks 5.0 and 4.9, compiled 3.4 and 3.4; FlexAttention,
-    which runs compiled only, 1.35 and 1.24; varlen_attn, which is public, 1.77 and 1.76."""
+    """FlashAttention with a window, as torch has it built in.
+
+    Forward and backward of 65,536 tokens on an H100, 4 heads of 128, w = 256: 1.23 ms at T = 1024 and 1.28 at 8192. In
+    blocks 5.0 and 4.9, compiled 3.4 and 3.4; FlexAttention, which runs compiled only, 1.35 and 1.24; varlen_attn, which
+    is public, 1.77 and 1.76.
+    """
     T = q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                  # (B,T,H,d), as the projection left them
     y, *_ = torch.ops.aten._flash_attention_forward(
@@ -170,7 +174,8 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=Non
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
     Args: x (rows,D); weight (vocab_size or more,D), rows from vocab_size on are padding; targets (rows,), of which
-      those below 0 do not count; softmax_loss, a SoftmaxLoss; chunk, rows at once: 512 MB of bf16 on a GPU, 128 of fp32.
+      those below 0 do not count; softmax_loss, a SoftmaxLoss; chunk, rows at once,
+      by default 512 MB of bf16 on a GPU, 128 MB of fp32.
     """
     if chunk is None:
         chunk = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
@@ -182,7 +187,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=Non
 
 
 def recorded(step):
-    """step(idx, state) -> (logits, state), as a CUDA graph once a step of one token left the shapes of its state alone."""
+    """step(idx, state) -> (logits, state), as a CUDA graph once a step of one token left its state's shapes alone."""
     graph = None
 
     def run(idx, state):
