@@ -42,7 +42,7 @@ class SampleConfig:
     # The model
     out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file of your own to import first: it may add to model.MIXERS and model.FEATURE_MAPS
+    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
