@@ -1,6 +1,6 @@
 """State tracking: parity, which a delta rule learns where its beta reaches 2, and not where it stays below 1.
 
-    python -m experiments.parity                  a few minutes on a CPU
+    python -m experiments.parity                  about four minutes of one CPU core
 
 After each bit the model says whether the ones so far are odd. A state that only fades and adds cannot count them: along
 its key a delta rule scales what the state holds by 1 - beta, so with beta to 1 by a number in [0, 1], and with beta to
@@ -27,7 +27,7 @@ START = 2                                                                       
 
 @dataclass
 class ParityConfig:
-    steps: int = 400                 # training steps
+    steps: int = 700                 # training steps
     batch_size: int = 64             # sequences in a step
     bits: int = 40                   # bits of a training sequence
     lr: float = 3e-2                 # falls linearly to 0 in the second half
