@@ -889,6 +889,7 @@ def test_eval_only_evaluates_what_it_is_told_to_at_the_length_it_is_told_to(run,
     assert "its dim is 16, not 64" in refusal("--eval_only", "--dim=64")
     assert "its dim is 32, not 16" in refusal("--eval_only", "--init_from=other")
     assert "its feature_map is elu, not relu" in refusal("--eval_only", "--feature_map=relu", "--pos=none")
+    assert "its tied is True, not False" in refusal("--eval_only", "--tied=False")
     assert "there is no none" in refusal("--eval_only", "--init_from=none")
 
 
