@@ -404,8 +404,9 @@ def position_names(checkpoint):
 def check_evaluation(source, model, wanted):
     """UserError where a model is to be evaluated with settings that are not its own; its seq_len may be another."""
     theirs = dataclasses.asdict(model.config)
+    free = SAME_MEANING - {"tied"}
     changed = [f"{key} is {theirs[key]}, not {value}" for key, value in dataclasses.asdict(wanted).items()
-               if value != theirs[key] and key not in SAME_MEANING]
+               if value != theirs[key] and key not in free]
     if changed:
         raise UserError(f"eval_only evaluates {source} as it is, and its {', its '.join(changed)}: leave that out")
     if theirs["pos"] == "learned" and wanted.seq_len > theirs["seq_len"]:

@@ -104,6 +104,7 @@ class TrainConfig:
             require(getattr(self, key) < 1, f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
+        require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")
         pieces = f"grad_accum={self.grad_accum}"
         if WORLD > 1:
             pieces = f"{WORLD} processes times {self.passes} pieces each"

@@ -204,10 +204,12 @@ def read_sealed(path):
         data = path.read_bytes()
         content = json.loads(data)
         del content["checksum"]
-        if seal(content) != data or content["version"] != 1:
+        if seal(content) != data:
             raise ValueError("its checksum does not fit")
         check_content(content)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): may you read it?") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{path} is damaged or of another version ({error})"
         raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
     return content
@@ -218,6 +220,7 @@ BIN = re.compile(r"(train|val)[A-Za-z0-9_-]*\.bin")  # the names of token files;
 
 def check_content(content):
     """ValueError where a record or manifest, whose checksum anyone can make, says what prepare.py never writes."""
+    check_number(content, "version", 1, 1)
     if content["dtype"] not in ("uint16", "uint32"):
         raise ValueError(f"dtype {content['dtype']!r}")
     check_number(content, "vocab_size", 1, 2**31)
@@ -230,6 +233,8 @@ def check_content(content):
             raise ValueError(f"a file {name!r}")
         for key in ("tokens", "documents", "bytes"):
             check_number(entry, key, 0, 2**53)
+        if entry["tokens"] and not entry["bytes"]:
+            raise ValueError(f"{entry['tokens']} tokens of no text")
         for key in entry.keys() & {"bad", "empty", "repaired", "source_bytes"}:
             check_number(entry, key, 0, 2**53)
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):

@@ -113,6 +113,8 @@ def folders_below(folder):
         yield path
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+        except FileNotFoundError:
+            continue
         except OSError as error:
             raise unreadable(path, error) from None
         for entry in entries:
@@ -123,6 +125,7 @@ def folders_below(folder):
 def held_out(path, base):
     """Does the name of a file, or of a folder between base and the file, say validation?"""
     name = os.path.relpath(os.path.abspath(path), base)
+    name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # ValidationSet is two words
     return bool(re.search(r"(?<![a-z])val(id(ation)?)?(?![a-z])", name, re.IGNORECASE))
 
 

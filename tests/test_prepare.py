@@ -489,6 +489,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     (["train/part0.jsonl", "val/part0.jsonl"], "train/*.jsonl val/*.jsonl", ["val/part0.jsonl"]),
     (["a/train/0.jsonl", "a/VALIDATION/x/0.jsonl"], "a/**/*.jsonl", ["a/VALIDATION/x/0.jsonl"]),
     (["text.jsonl", "text.Valid.jsonl"], "text*", ["text.Valid.jsonl"]),
+    (["Training.jsonl", "ValidationSet.jsonl", "myVal.jsonl"], "*.jsonl", ["ValidationSet.jsonl", "myVal.jsonl"]),
     (["val/train.jsonl", "val/test.jsonl"], "val/*.jsonl", []),  # not below the fixed part of the pattern
     (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl"], "*.jsonl", [])])
 def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, names, pattern, held):

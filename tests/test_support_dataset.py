@@ -87,8 +87,8 @@ def test_tokenizer_hashes_are_pinned(gpt2):
 
 CHANGES = [("dtype", "O"), ("dtype", "float32"), ("dtype", "<u2"), ("dtype", 3), ("vocab_size", 0), ("vocab_size", True),
            ("vocab_size", 2.0), ("vocab_size", 10**30), ("tokenizer", None), ("files", []), ("tokens", -1), ("tokens", 1.5),
-           ("tokens", True), ("documents", "1"), ("bytes", 10**30), ("split", "val"), ("sha256", "x"), ("sha256", 7),
-           ("examples", [1]), *[("name", name) for name in ("../train-00000.bin", "/etc/passwd", "train-00000.txt",
+           ("tokens", True), ("documents", "1"), ("bytes", 10**30), ("bytes", 0), ("version", True), ("split", "val"),
+           ("sha256", "x"), ("sha256", 7), ("examples", [1]), *[("name", name) for name in ("../train-00000.bin", "/etc/passwd", "train-00000.txt",
                                                             "train/../x.bin", "train-0\0.bin", "x.bin", "")]]
 
 
@@ -113,6 +113,16 @@ def test_a_folder_or_a_pipe_where_the_manifest_should_be_is_damage(tmp_path):
         with pytest.raises(UserError, match="manifest.json is damaged .*it is not a file"):
             dataset.read_manifest(tmp_path)
         (tmp_path / "manifest.json").rmdir() if make is Path.mkdir else (tmp_path / "manifest.json").unlink()
+
+
+def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").touch()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    with pytest.raises(UserError, match="cannot read .*manifest.json .Permission denied"):
+        dataset.read_manifest(tmp_path)
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):

@@ -608,6 +608,7 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
+    (["--batch_size=10**30", "--grad_accum=10**30"], "batch_size must be below"),
     (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
     (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
     (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
@@ -889,6 +890,7 @@ def test_eval_only_evaluates_what_it_is_told_to_at_the_length_it_is_told_to(run,
     assert "its dim is 16, not 64" in refusal("--eval_only", "--dim=64")
     assert "its dim is 32, not 16" in refusal("--eval_only", "--init_from=other")
     assert "its feature_map is elu, not relu" in refusal("--eval_only", "--feature_map=relu", "--pos=none")
+    assert "its tied is True, not False" in refusal("--eval_only", "--tied=False")
     assert "there is no none" in refusal("--eval_only", "--init_from=none")
 
 
