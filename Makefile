@@ -1,4 +1,4 @@
-# make demo        prepares text, trains a small model on the CPU, prints what it writes (about 5 minutes on two idle cores)
+# make demo        prepares text, trains a small model on the CPU, prints what it writes
 # make test        runs the whole test suite
 # make gpu-check   kernel tests and the speed of every preset on an Nvidia GPU, beside what is kept for that card
 # make clean       removes .venv and caches, never data/ or out/

@@ -2,16 +2,18 @@
 
     python train.py config/tiny.py --dim=8*16 --lr 3e-4 --compile
 
-A config class is a dataclass called *Config; the comment that ends a field's line is its meaning, shown by --help. Later values win:
-defaults, then config files in the order given, then flags. nanoGPT runs its config files with exec, so a misspelt key
-passes silently and a file can do anything. Here a config file is data: `key = value` lines that are parsed and never
-run; a key that no class has, or a value that is not of the field's type, is an error that says where and what to write.
+A config class is a dataclass called *Config; the comment that ends a field's line is its meaning, shown by --help.
+Later values win: defaults, then config files in the order given, then flags. nanoGPT runs its config files with exec,
+so a misspelt key passes silently and a file can do anything. Here a config file is data: `key = value` lines that are
+parsed and never run; a key that no class has, or a value that is not of the field's type, is an error that says where
+and what to write.
 """
 import ast
 import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import itertools
 import json
 import math
@@ -290,10 +292,23 @@ def value_of(where, given, values, kind):
 # Help: read from the source of a program, so that nothing is imported, and `python -OO` has it too.
 
 def help_first(name, *sources, config_file=True):
-    """Answers --help and ends the program `name`: called before it imports torch, which takes seconds."""
-    if name == "__main__" and {"--help", "-h"} & {*sys.argv[1:]}:
+    """Answers --help and ends the program `name`: called before it imports torch, which takes seconds.
+
+    Where what every program needs is not installed, it says so instead.
+    """
+    if name != "__main__":
+        return
+    if {"--help", "-h"} & {*sys.argv[1:]}:
         command(lambda: print(help_text(sources, config_file), flush=True))
         sys.exit(0)
+    command(check_installed)
+
+
+def check_installed():
+    missing = [package for package in ("numpy", "tqdm") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed in {sys.executable}: run `source .venv/bin/activate` "
+                        "in the project's folder, or pip install -r requirements.txt")
 
 
 def help_text(sources, config_file=True):

@@ -910,7 +910,8 @@ def check_config(config):
     for name, kind in kinds.items():
         if get_origin(kind) is Literal:
             value, legal = getattr(config, name), get_args(kind)
-            require(value in legal, f"{name} must be {' or '.join(legal)}, got {value!r}")
+            hint = " (one of your own needs --plugin=FILE)" if name == "feature_map" else ""
+            require(value in legal, f"{name} must be {' or '.join(legal)}, got {value!r}{hint}")
     least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
     least |= {"mlp_ratio": 0, "dropout": 0, "feature_dim": 0}
     for name, low in least.items():

@@ -471,13 +471,14 @@ def encode_all(config, options, sources):
 def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
-    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files"
-          + ", all verified" * config.verify)
+    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
+          f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify)
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
         print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
     elif any(source.stem.startswith("both-") for source in sources):
-        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike: no name says val")
+        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
+              + ": no name says val" * bool(config.data_files))
     for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
                          ("repaired", "texts with invalid characters, now U+FFFD")):
         if count := sum(entry.get(key, 0) for entry in entries):

@@ -271,7 +271,7 @@ def main():
 
 
 def write(model, tokenizer, prompt, before, config, options):
-    """Prints the prompt and what comes after it; on stderr, how fast it was read and written. Returns where it stopped."""
+    """Prints the prompt and what comes after it; on stderr, how fast both went. Returns where it stopped."""
     start = time.perf_counter()
     state = read_prompt(model, tokenizer, prompt, before)
     check_positions(state, model.config, config.max_new_tokens)
@@ -331,7 +331,8 @@ def converse(model, tokenizer, prompt, state, config, options):
         raise UserError("standard input is closed: --interactive reads it")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        print("Each line continues the text. Ctrl-C ends an answer, Ctrl-D the program.", file=sys.stderr)
+        print("The model continues each line that you type; an empty line lets it go on. Ctrl-C ends an answer, Ctrl-D "
+              "the program.", file=sys.stderr)
     for line in itertools.chain([prompt] if prompt else [], typed_lines(terminal)):
         new_line = "\n" if line and state.unread not in ([], [tokenizer.eot]) else ""
         with ctrl_c_noted() as noted:

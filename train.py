@@ -14,6 +14,7 @@ data state; grad_accum and the processes of torchrun only split it. Only the pro
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -451,7 +452,8 @@ def train(config, model_config, checkpoint, data, device):
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
     run.train()
-    say(f"done: python sample.py --out_dir={run.out_dir}")
+    plugin = [f"--plugin={config.plugin}"] if config.plugin else []
+    say("done: " + shlex.join(["python", "sample.py", f"--out_dir={run.out_dir}", *plugin]))
 
 
 if __name__ == "__main__":

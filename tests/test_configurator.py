@@ -20,6 +20,8 @@ import sample
 import train
 from configurator import UserError, configure
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @dataclass
 class Model:
@@ -473,3 +475,12 @@ def test_no_config_file_gives_a_traceback(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.py"
     path.write_bytes(text)
     is_valid_or_refused([str(path)])
+
+
+def test_a_python_without_the_packages_is_told_in_one_line_where_they_are(tmp_path):
+    bare = [sys.executable, "-S", "-I", "-c",
+            f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train.py']; "
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"]
+    result = subprocess.run(bare, cwd=tmp_path, text=True, capture_output=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "not installed" in result.stderr and "source .venv/bin/activate" in result.stderr
