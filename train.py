@@ -27,9 +27,9 @@ help_first(__name__, __file__, "model.py")
 
 from support.dataset import Dataset, Windows, load_tokenizer                      # support comes before torch
 from support.files import locked
-from support.machine import (RANK, WORLD, autocast, check_memory, compile_blocks, gather, mean, out_of_memory,
-                             peak_memory, pick_device, pick_precision, processes, progress, reduce, run_and_leave, say,
-                             shard, stop_at_signals)
+from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,
+                             out_of_memory, peak_memory, pick_device, pick_precision, processes, progress, reduce,
+                             run_and_leave, say, shard, stop_at_signals)
 from support.optim import Spikes, load_named_state, lr_at, make_optimizer, named_state, split_state
 from support.report import Journal, plot_losses, wanted_trackers
 
@@ -106,15 +106,14 @@ class TrainConfig:
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")
-        pieces = f"grad_accum={self.grad_accum}"
-        if WORLD > 1:
-            pieces = f"{WORLD} processes times {self.passes} pieces each"
+        several = f"{WORLD} processes times {self.passes} pieces each"
+        pieces = several if WORLD > 1 else f"grad_accum={self.grad_accum}"
         require(self.batch_size % (self.passes * WORLD) == 0,
                 f"batch_size={self.batch_size} must be a multiple of {pieces}")
-        require(WORLD > 1 or not self.shard, "shard splits a model over several processes of torchrun, with "
-                "--optimizer=adamw: leave it out")
-        require(self.optimizer != "muon" or not self.shard, "shard does not work with optimizer=muon, which "
-                "needs whole matrices, where a shard is a part of one: take --optimizer=adamw, or leave --shard out")
+        if self.shard:
+            require(WORLD > 1, "shard splits a model over several processes of torchrun: leave it out")
+            require(self.optimizer != "muon", "shard does not work with optimizer=muon, which needs whole matrices: "
+                    "take --optimizer=adamw, or leave --shard out")
 
     @property
     def passes(self):
@@ -128,12 +127,6 @@ class TrainConfig:
 
 
 RUINED = 100  # nats per token: no model that has learned anything has such a loss; one of random weights has log(vocab)
-
-
-class Diverged(UserError):
-    """The run cannot continue: its loss or its gradient is not finite."""
-
-    code = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,8 +221,7 @@ class Run:
 
     def read(self):
         """What the steps since the last call gave: one wait for the device instead of one each."""
-        unread = self.unread
-        self.unread = []
+        unread, self.unread = self.unread, []
         if not unread:
             return
         numbers = torch.stack([torch.stack([loss, grad_norm]) for _, _, loss, grad_norm, _ in unread]).tolist()
@@ -404,9 +396,8 @@ def main():
         if config.eval_only:
             evaluate_only(config, model_config, checkpoint, data, device)
         elif checkpoint and is_finished(config, checkpoint["step"]):
-            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a "
-                "larger --max_steps continues it, another --out_dir starts another run, --resume=false starts this one "
-                "over")
+            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
+                "--max_steps continues it, another --out_dir starts another run, --resume=false starts over")
             if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
                 plot_losses(Path(config.out_dir))
         else:
@@ -421,9 +412,8 @@ def evaluate_only(config, model_config, checkpoint, data, device):
     model.config.seq_len = model_config.seq_len
     model.config.chunk_size = model_config.chunk_size
     compile_blocks(model, config.compile, device)
-    result = evaluate(model, data.val, data.manifest, config, device)
-    if checkpoint:
-        result = {"step": checkpoint["step"]} | result
+    result = {"step": checkpoint["step"]} if checkpoint else {}
+    result |= evaluate(model, data.val, data.manifest, config, device)
     if not math.isfinite(result["val_loss"]):
         say(f"{source} is ruined: its loss is not finite")
         raise SystemExit(1)
@@ -452,8 +442,8 @@ def train(config, model_config, checkpoint, data, device):
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
     run.train()
-    plugin = [f"--plugin={config.plugin}"] if config.plugin else []
-    say("done: " + shlex.join(["python", "sample.py", f"--out_dir={run.out_dir}", *plugin]))
+    flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
+    say("done: python sample.py " + shlex.join(flags))
 
 
 if __name__ == "__main__":

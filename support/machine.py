@@ -36,6 +36,12 @@ WORLD = from_torchrun("WORLD_SIZE", 1)
 RANK = from_torchrun("RANK", 0) if WORLD > 1 else 0
 
 
+class Diverged(UserError):
+    """A run cannot continue: its loss or its gradient is not finite."""
+
+    code = 3
+
+
 def pick_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:1" or "mps"; of several processes each takes a GPU of its own."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
