@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(PY) sample.py --out_dir=out/tiny --prompt='def '
 
 test: .venv/ready .venv/trackers .venv/notebook
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 3
 
 gpu-check: .venv/ready
 	$(PY) -m experiments.gpu_check
