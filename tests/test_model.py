@@ -235,7 +235,8 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(name):
 @pytest.mark.parametrize("name, wrong", [
     ("q", dict(q=torch.rand(2, 5, 4))), ("q", dict.fromkeys("qkv", torch.rand(0, 2, 5, 4))),
     ("q", dict.fromkeys("qkv", torch.rand(2, 2, 0, 4))), ("k", dict(k=torch.rand(2, 5, 4))),
-    *(("k", dict(k=torch.rand(shape))) for shape in ((1, 2, 5, 4), (2, 1, 5, 4), (2, 2, 7, 4), (2, 2, 5, 3)))], ids=str)
+    *(("k", dict(k=torch.rand(shape))) for shape in ((1, 2, 5, 4), (2, 1, 5, 4), (2, 2, 7, 4), (2, 2, 5, 3)))],
+    ids=range(8))
 def test_shapes_that_would_be_broadcast_or_break_inside_are_refused_by_name(name, wrong):
     for form in (*FORMS.values(), model.linear_attention_bidirectional):
         with pytest.raises(ValueError, match=rf"^{name} must "):

@@ -619,7 +619,8 @@ def test_an_array_of_records_and_lines_that_end_in_cr_are_read_whole(tmp_path, n
     (gzip.compress(b'{"text": "whole"}\n') + b"trailing", "has other bytes after the end of its gzip stream"),
     (gzip.compress(b'{"text": "whole"}\n' * 9)[:-3], "is truncated or damaged"),
     (gzip.compress(b'[{"text": "one"}, {"te'), "begins as one JSON array and cannot be read as one"),
-    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of its 3 records can be read")])
+    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of its 3 records can be read")],
+    ids=["plain", "trailing", "cut", "half an array", "lines"])
 def test_what_cannot_be_read_of_a_compressed_file_is_named_for_what_it_is(tmp_path, data, words):
     (tmp_path / "a.json.gz").write_bytes(data)
     (tmp_path / "val.jsonl").write_text('{"text": "v"}')
