@@ -4,6 +4,7 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -218,7 +219,54 @@ def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
     model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
     load_weights(model, checkpoint)
+    model.generate_model_card = functools.partial(model_card, model, checkpoint)  # save_pretrained and push_to_hub ask
     return model
+
+
+CARD = """---
+license: {license}
+library_name: pytorch
+pipeline_tag: text-generation
+tags: [linear-attention]
+---
+A linear-attention language model of {parameters:.1f} M parameters (mixers: {mixers}; feature map: {feature_map}), trained
+by LAT to step {step}, {tokens:,} tokens of the dataset `{dataset}`.
+
+- Lowest validation loss: {loss} nats per token ({tokenizer} tokens, vocabulary {vocab_size:,}).
+- Data: `{dataset}`; say here what it is, and under which licence.
+- Licence: the code is Apache-2.0; the licence of the weights is yours to state above.
+
+With the code of LAT, in its folder:
+
+    python sample.py --init_from=OWNER/NAME --prompt="..."
+
+or in Python:
+
+    from checkpoint import open_model
+    from sample import generate_text
+
+    lm, tokenizer = open_model("OWNER/NAME")
+    text, state = generate_text(lm, tokenizer, "...")
+"""
+
+
+def model_card(model, checkpoint, license="other", **_):
+    """The README.md of a shared model: what it is, how to load it, licence, data, loss."""
+    from huggingface_hub import ModelCard
+    config = model.config
+    best = checkpoint["best_loss"]
+    return ModelCard(CARD.format(
+        license=license,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        mixers=" ".join(config.mixers),
+        feature_map=config.feature_map,
+        step=checkpoint["step"],
+        tokens=checkpoint.get("tokens", 0),
+        dataset=checkpoint["config"]["dataset"],
+        loss=f"{best:.4f}" if math.isfinite(best) else "not evaluated",
+        tokenizer=checkpoint["data"]["tokenizer"],
+        vocab_size=config.vocab_size,
+    ))
 
 
 def load_pretrained(source, device="cpu"):

@@ -96,6 +96,17 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, refusal, m
     assert "cannot read out/ckpt.pt (Permission denied): fix that" in refusal()
 
 
+def test_a_shared_models_card_says_what_it_is_how_to_load_it_licence_data_and_loss(run):
+    pytest.importorskip("safetensors")
+    run("--max_steps=2")
+    checkpoint.load_pretrained("out").save_pretrained("shared")
+    card = Path("shared/README.md").read_text()
+    best = load_checkpoint(Path("out/best.pt"))["best_loss"]
+    for said in ("license:", "linear-attention language model", "python sample.py --init_from=", "`text`", f"{best:.4f}",
+                 "to step 2, 128 tokens"):
+        assert said in card, said
+
+
 def test_a_shared_model_with_settings_that_we_do_not_know_is_refused(run, refusal):
     pytest.importorskip("safetensors")
     run("--max_steps=1")
