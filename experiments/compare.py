@@ -48,11 +48,11 @@ from configurator import UserError, command, configure, help_first, joined, read
 help_first(__name__, __file__)
 
 from support.dataset import Dataset, Windows                                      # support comes before torch
-from support.files import Busy, check_target, read_json, replacing, write_json
+from support.files import check_target, read_json, replacing, write_json
 from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
 from support.measure import cast_for_decoding, decoding_calls
 from support.report import Log, picture, table
-from support.side_by_side import Slots, end_with_parent, environment, visible_gpus
+from support.side_by_side import BUSY, Slots, end_with_parent, environment, visible_gpus
 
 import torch
 import torch.nn.functional as F
@@ -293,7 +293,7 @@ class Training:
                 if self.diverged():                                               # meanwhile, in another compare.py
                     break
                 code, last = self.call(stopped, gpu, max(1, torch.get_num_threads() // slots.count), cache)
-            if code == Busy.code:
+            if code == BUSY:
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")
                 told = True
                 stopped.wait(PAUSE)

@@ -95,9 +95,9 @@ def check_target(path, flag):
 
 
 class Busy(UserError):
-    """Another process is at work in a folder."""
+    """Another process is at work in a folder. Who starts this one can ask for an exit code of its own (side_by_side)."""
 
-    code = 4
+    code = int(os.environ.get("LAT_BUSY_CODE", UserError.code))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from multiprocessing import connection
 import torch
 
 
+BUSY = 4  # what a process started here exits with where another is at work in its folder
+
+
 def visible_gpus(device):
     """What CUDA_VISIBLE_DEVICES is for each visible GPU alone; [None] on a CPU, or where the user named one GPU."""
     if device.type != "cuda" or device.index is not None:
@@ -51,7 +54,7 @@ class Slots:
 def environment(gpu, threads, cache):
     """The environment of a process that has this GPU, `threads` cores, and shares its compiled code in `cache`."""
     own = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
-           "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+           "TORCHINDUCTOR_CACHE_DIR": str(cache), "LAT_BUSY_CODE": str(BUSY)}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = gpu
     return os.environ | own

@@ -148,7 +148,7 @@ def test_a_preset_has_the_parameters_and_the_state_of_the_table(preset, monkeypa
 # it made
 
 
-NOT_RUN = {"make test": "it is what runs this", "pip": "needs the network", "source": "for the shell only"}
+NOT_RUN = {"make test": "it is what runs this", "make gpu-check": "needs a GPU", "pip": "needs the network", "source": "for the shell only"}
 MODEL = ["--dim=16", "--depth=2", "--n_heads=2"]
 CUT = {"prepare.py": ["--processes=1"],
        "train.py": [*MODEL, "--seq_len=32", "--batch_size=2", "--grad_accum=1", "--max_steps=2", "--warmup_steps=1",
