@@ -255,15 +255,16 @@ def model_card(model, checkpoint, license="other", **_):
     from huggingface_hub import ModelCard
     config = model.config
     best = checkpoint["best_loss"]
+    settings = checkpoint["config"] or {"dataset": "unknown"}
     return ModelCard(CARD.format(
         license=license,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         mixers=" ".join(config.mixers),
         feature_map=config.feature_map,
         step=checkpoint["step"],
-        tokens=checkpoint.get("tokens", 0),
-        dataset=checkpoint["config"]["dataset"],
-        loss=f"{best:.4f}" if math.isfinite(best) else "not evaluated",
+        tokens=checkpoint.get("tokens") or 0,
+        dataset=settings["dataset"],
+        loss=f"{best:.4f}" if best is not None and math.isfinite(best) else "not evaluated",
         tokenizer=checkpoint["data"]["tokenizer"],
         vocab_size=config.vocab_size,
     ))
