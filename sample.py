@@ -27,7 +27,7 @@ from configurator import UserError, command, configure, help_first
 help_first(__name__, __file__)
 
 from support.files import check_target, read_text, replacing                      # support comes before torch
-from support.machine import out_of_memory
+from support.machine import out_of_memory, say
 
 import torch
 from torch.utils._pytree import tree_map
@@ -45,6 +45,7 @@ class SampleConfig:
     plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+    compile: bool | Literal["auto"] = "auto"  # compile the step of a token; auto: on CUDA for 50,000 tokens and more
 
     # The prompt
     prompt: str = ""                 # the text to continue; empty starts a new document
@@ -136,8 +137,8 @@ def read_prompt(model, tokenizer, prompt="", state=None):
 def stream_text(model, tokenizer, state, stop=True, **options):
     """Yields what each new token adds to the text after `state`, whole characters only, and moves `state` along.
 
-    Options: max_new_tokens=500, temperature=0.8, top_k=0 (all), top_p=1.0, generator=None (of torch's random numbers);
-    stop=True ends the text at its end-of-text token.
+    Options: max_new_tokens=500, and those of LM.generate: temperature=0.8, top_k=0 (all), top_p=1.0, generator=None (of
+    torch's random numbers), compiled=False; stop=True ends the text at its end-of-text token.
     """
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     utf8.setstate((state.half, 0))
@@ -149,13 +150,13 @@ def stream_text(model, tokenizer, state, stop=True, **options):
         yield piece
 
 
-def stream_tokens(model, state, texts=1, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, generator=None):
+def stream_tokens(model, state, texts=1, max_new_tokens=500, temperature=0.8, **options):
     """Yields the next token of each of `texts` texts that continue `state`, which moves along with the first."""
     check_positions(state, model.config, max_new_tokens)
     idx = torch.tensor([state.unread] * texts, device=model.embed.weight.device)
     past = tree_map(lambda x: x.expand(texts, *x.shape[1:]) if torch.is_tensor(x) and x.dim() else x, state.model)
     with inference(model):
-        for tokens, after in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator, past):
+        for tokens, after in model.generate(idx, max_new_tokens, temperature, state=past, **options):
             tokens = tokens.tolist()
             state.model = after
             state.unread = tokens[:1]
@@ -256,6 +257,11 @@ def main():
     generator = torch.Generator(model.embed.weight.device).manual_seed(config.seed)
     options = {key: getattr(config, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     options["generator"] = generator
+    options["compiled"] = config.compile
+    if config.compile == "auto":                                                  # by then it has paid for itself
+        options["compiled"] = generator.device.type == "cuda" and config.max_new_tokens >= 50_000
+    if options["compiled"]:
+        say("compiling the step of a token takes about a minute, before the second token")
     state = TextState()
     if config.save_state:
         check_save_state(config.save_state)

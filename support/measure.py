@@ -13,12 +13,12 @@ def cast_for_decoding(model, precision):
     return model.eval()
 
 
-def decoding_calls(model, prompt, steps, device, precision, state=None, warm_up=4):
+def decoding_calls(model, prompt, steps, device, precision, state=None, warm_up=4, compiled=False):
     """A function whose every call takes the next `steps` tokens of model.generate after prompt (B,T).
 
     The prompt and what is set up once, in the first steps, are behind it.
     """
-    tokens = model.generate(prompt, 10**9, temperature=0, state=state)
+    tokens = model.generate(prompt, 10**9, temperature=0, state=state, compiled=compiled)
 
     def take(count=steps):
         with torch.no_grad(), autocast(device, precision):

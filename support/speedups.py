@@ -1,7 +1,7 @@
 """What model.py does, faster or in less memory, in plain PyTorch: nothing here is needed to understand it.
 
 Each function names what it equals: checkpointed(f, *x) is f(*x), project(x, W) is F.linear(x, W), window_attention and
-cached_attention are model.naive_softmax_attention, linear_cross_entropy is LM.naive_loss, recorded(step) is step. The
+cached_attention are model.naive_softmax_attention, linear_cross_entropy is LM.naive_loss, fast_step(step) is step. The
 tests hold each against it.
 """
 import contextlib
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support import kernels
 
+PRODUCTS_ADD = torch.__version__ >= (2, 9)  # torch.addmm has out_dtype
 MKL = torch.backends.mkl.is_available()  # asked once: the question breaks a graph of torch.compile
 
 
@@ -159,7 +160,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss = loss + part_loss
             if with_grad:                                             # grad (chunk,vocab)
                 grad_x[rows] = grad @ w
-                grad_w += grad.T @ part
+                add_product(grad_w, grad.T, part)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, count)
         return loss / count
@@ -170,15 +171,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * (grad / count), grad_w * (grad / count), None, None, None, None, None
 
 
+def add_product(total, a, b):
+    """total += a @ b. On a GPU the product itself adds, in total's dtype: nothing in bf16 is rounded first, nor written."""
+    if total.is_cuda and a.dtype != total.dtype and PRODUCTS_ADD:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=None):
     """Mean cross-entropy of softmax(x W^T), its logits never all in memory: O(chunk vocab) instead of O(T vocab).
 
     Args: x (rows,D); weight (vocab_size or more,D), rows from vocab_size on are padding; targets (rows,), of which
       those below 0 do not count; softmax_loss, a SoftmaxLoss; chunk, rows at once,
-      by default 512 MB of bf16 on a GPU, 128 MB of fp32.
+      by default the fewest chunks of 1 GB of bf16 at most on a GPU, of 128 MB of fp32.
     """
     if chunk is None:
-        chunk = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // len(weight))
+        most = max(1, (2 ** 29 if x.is_cuda else 2 ** 25) // len(weight))
+        chunks = -(-len(x) // most)
+        chunk = -(-len(x) // chunks)
     return LinearCrossEntropy.apply(x, weight, targets, vocab_size, softmax_loss, chunk, torch.is_grad_enabled())
 
 
@@ -186,18 +197,29 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=Non
 # Decoding
 
 
-def recorded(step):
-    """step(idx, state) -> (logits, state), as a CUDA graph once a step of one token left its state's shapes alone."""
-    graph = None
+# Options of torch.compile for decoding. Tuned, it multiplies a matrix by a vector itself, at the speed of the memory.
+SMALL_PRODUCTS = {"coordinate_descent_tuning": True}
+
+
+def fast_step(step, generator=None, compiled=False):
+    """step(idx, state) -> (tokens, state), compiled if asked to, and on a GPU recorded as a CUDA graph.
+
+    Steps are so from the first of one token on that leaves the shapes of its state alone. generator is what step draws
+    random numbers from.
+    """
+    fast = None
 
     def run(idx, state):
-        nonlocal graph
-        if graph is not None:
-            return graph(idx, state)
-        logits, after = step(idx, state)
+        nonlocal fast
+        if fast is not None:
+            return fast(idx, state)
+        tokens, after = step(idx, state)
         if idx.shape[1] == 1 and recordable(idx, state, after):
-            graph = cuda_graph(step, idx, after)
-        return logits, after
+            if idx.is_cuda:
+                fast = cuda_graph(step, idx, after, generator, compiled)
+            elif compiled:
+                fast = torch.compile(step, dynamic=False)
+        return tokens, after
     return run
 
 
@@ -213,38 +235,47 @@ def recordable(idx, state, after):
     return [getattr(x, "shape", None) for x in old] == [getattr(x, "shape", None) for x in new]
 
 
-def cuda_graph(step, idx, state):
-    """step(idx, state) -> (logits, state) as one CUDA graph: a step is many kernels, shorter than their launches.
+def cuda_graph(step, idx, state, generator=None, compiled=False):
+    """step(idx, state) -> (tokens, state) as one CUDA graph: a step is many kernels, shorter than their launches.
 
     The state stays in one place and is updated there, so its shapes must not change from step to step.
     """
+    given = state
     idx, state = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (idx, state))
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     autocast = torch.autocast("cuda", dtype, enabled, cache_enabled=False)
 
-    def warm_up():
-        with autocast:
-            step(idx, state)
+    def write(new_state):
+        for old, new in zip(tree_leaves(state), tree_leaves(new_state)):
+            if torch.is_tensor(old):
+                old.copy_(new)
 
     def advance():
-        with autocast:
-            logits, after = step(idx, state)
-            for old, new in zip(tree_leaves(state), tree_leaves(after)):
-                if torch.is_tensor(old):
-                    old.copy_(new)
-        return logits
-    graph, logits = captured(advance, warm_up)
+        tokens, after = step(idx, state)
+        write(after)
+        return tokens
+    if compiled:
+        advance = torch.compile(advance, dynamic=False, options=SMALL_PRODUCTS)
+    with autocast:
+        graph, tokens = captured(advance, generator=generator)
+    write(given)                                                      # back to before the warm-up
 
     def replay(new_idx, _):
         idx.copy_(new_idx)
         graph.replay()
-        return logits, state
+        return tokens.clone(), state
     return replay
 
 
-def captured(call, warm_up=None, pool=None):
-    """(A CUDA graph of call(), and what that call returned), after warm_up() has set up what is set up lazily."""
+def captured(call, warm_up=None, pool=None, generator=None):
+    """(A CUDA graph of call(), and what that call returned), after warm_up() has set up what is set up lazily.
+
+    Replays draw from generator the numbers that call() would have drawn.
+    """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    if generator is not None:
+        before = generator.get_state()
+        graph.register_generator_state(generator)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         (warm_up or call)()
@@ -252,4 +283,6 @@ def captured(call, warm_up=None, pool=None):
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, pool=pool):
         result = call()
+    if generator is not None:
+        generator.set_state(before)
     return graph, result

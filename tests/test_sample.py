@@ -79,7 +79,7 @@ def refusal(write):
 def scripted(monkeypatch):
     """Makes the model write these tokens; one list per sample."""
     def scripted(*texts):
-        def generate(self, idx, max_new_tokens, *args):
+        def generate(self, idx, max_new_tokens, *args, **options):
             for tokens in list(zip(*texts))[:max_new_tokens]:
                 yield torch.tensor(tokens), {"tokens": torch.tensor(3), "S": torch.zeros(1)}
         monkeypatch.setattr(LM, "generate", generate)
@@ -90,6 +90,19 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(write):
     first = write("--prompt=abc")
     assert first.code == 0 and first.out.startswith("abc") and len(first.out) > 10
     assert write("--prompt=abc").out == first.out != write("--prompt=abc", "--seed=2").out
+
+
+def test_the_step_of_a_token_is_compiled_where_asked_and_for_long_texts_on_a_gpu(write, monkeypatch):
+    seen = []
+    generate = LM.generate
+
+    def noted(self, *args, compiled, **options):
+        seen.append(compiled)
+        return generate(self, *args, **options)
+    monkeypatch.setattr(LM, "generate", noted)
+    assert "compiling" not in write("--prompt=abc", "--max_new_tokens=50001").err
+    assert "about a minute" in write("--prompt=abc", "--compile=True").err
+    assert seen == [False, True]
 
 
 def test_temperature_zero_and_top_k_one_and_a_small_top_p_take_the_likeliest(write):

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM, ModelConfig, Projection, naive_softmax_attention
+from model import LM, ModelConfig, Projection, choose, naive_softmax_attention
 from support import speedups
 from support.speedups import SoftmaxLoss
 from test_model import TINY, Largest, close, same_numbers_every_time  # noqa: F401 (a fixture)
@@ -49,10 +49,10 @@ def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape,
     close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
 
 
-def run_recorded(monkeypatch, new_state, steps=5):
-    """Which of these steps, of four tokens first and then of one, replay a graph; each leaves new_state(state)."""
-    monkeypatch.setattr(speedups, "cuda_graph", lambda step, idx, state: lambda idx, _: ("recorded", state))
-    step = speedups.recorded(lambda idx, state: ("read", new_state(state)))
+def run_fast(monkeypatch, new_state, steps=5):
+    """Which of these steps, of four tokens first and then of one, are fast; each leaves new_state(state)."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: lambda idx, state: ("fast", state))
+    step = speedups.fast_step(lambda idx, state: ("read", new_state(state)), compiled=True)
     state, seen = None, []
     for tokens in [4, 4] + [1] * (steps - 2):
         said, state = step(torch.zeros(2, tokens), state)
@@ -60,16 +60,67 @@ def run_recorded(monkeypatch, new_state, steps=5):
     return seen
 
 
-def test_a_step_is_recorded_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
-    fixed = run_recorded(monkeypatch, lambda state: [None, torch.zeros(3)])
-    assert fixed == ["read", "read", "read", "recorded", "recorded"]
-    growing = run_recorded(monkeypatch, lambda state: [torch.zeros(len(state[0]) + 1 if state else 1)])
+def test_a_step_is_fast_once_one_token_leaves_the_shapes_of_its_state(monkeypatch):
+    fixed = run_fast(monkeypatch, lambda state: [None, torch.zeros(3)])
+    assert fixed == ["read", "read", "read", "fast", "fast"]
+    growing = run_fast(monkeypatch, lambda state: [torch.zeros(len(state[0]) + 1 if state else 1)])
     assert set(growing) == {"read"}
 
 
 @pytest.mark.parametrize("part", [5, torch.zeros(1, device="meta")], ids=["number", "another device"])
 def test_a_state_with_what_a_graph_would_freeze_is_not_recorded(part, monkeypatch):
-    assert set(run_recorded(monkeypatch, lambda state: [torch.zeros(3), part])) == {"read"}
+    assert set(run_fast(monkeypatch, lambda state: [torch.zeros(3), part])) == {"read"}
+
+
+def generated(lm, count, idx, **options):
+    with torch.no_grad():
+        return torch.stack([tokens for tokens, _ in lm.generate(idx, count, **options)], dim=1)
+
+
+def test_a_compiled_step_makes_the_same_tokens(monkeypatch):
+    compiled = []
+    compile = torch.compile
+
+    def traced(step, **options):
+        compiled.append(step)
+        return compile(step, backend="eager", dynamic=False)
+    monkeypatch.setattr(torch, "compile", traced)
+    torch.manual_seed(0)
+    lm, idx = LM(ModelConfig(vocab_size=70, dim=16, depth=2, n_heads=2)).eval(), torch.randint(70, (2, 7))
+    for options in (dict(temperature=0), dict(temperature=0.7, top_k=9, top_p=0.9)):
+        slow, fast = (generated(lm, 9, idx, generator=torch.Generator().manual_seed(1), compiled=flag, **options)
+                      for flag in (False, True))
+        assert torch.equal(slow, fast)
+    assert len(compiled) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["recorded", "compiled"])
+@pytest.mark.parametrize("mixers", ["linear", "window linear"])
+def test_a_step_on_a_gpu_makes_the_tokens_that_reading_the_text_whole_makes(compiled, mixers):
+    torch.manual_seed(0)
+    lm = LM(ModelConfig(vocab_size=70, dim=64, depth=2, n_heads=2, mixers=mixers, window=8)).cuda().eval()
+    idx = torch.randint(70, (2, 7), device="cuda")
+    text = generated(lm, 40, idx, temperature=0, compiled=compiled)
+    with torch.no_grad():
+        logits, _ = lm(torch.cat([idx, text], dim=1))
+    best = logits[:, 6:-1].max(-1).values
+    chosen = logits[:, 6:-1].gather(-1, text[..., None])[..., 0]
+    assert (best - chosen).max() < 1e-4                                               # a tie may fall otherwise
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_draws_the_numbers_that_the_generator_would_have_given():
+    torch.manual_seed(0)
+    lm = LM(ModelConfig(vocab_size=70, dim=64, depth=2, n_heads=2)).cuda().eval()
+    idx = torch.zeros(2, 7, dtype=torch.long, device="cuda")
+    fast = generated(lm, 20, idx, generator=torch.Generator("cuda").manual_seed(1))
+    generator, text = torch.Generator("cuda").manual_seed(1), idx
+    with torch.no_grad():
+        for _ in range(20):
+            tokens = choose(lm(text)[0][:, -1], generator=generator)
+            text = torch.cat([text, tokens[:, None]], dim=1)
+    assert (fast == text[:, 7:]).float().mean() > 0.9    # rounding may turn one near a border
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
