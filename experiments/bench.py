@@ -6,12 +6,13 @@
     python -m experiments.bench --parts=card --out_dir=out/base     its perplexity, memory a sequence, tokens/s
 
 Every figure is the median of `repeats` runs after a warm-up, ours alternating with the peer's, with the spread (max -
-min) / median where it is above 10 %. Training is forward, backward and the AdamW step. "of peak" is 6 FLOPs for each
+min) / median where it is above 10 %. Training is forward, backward and the AdamW step; on a GPU a run is four of them,
+as in train.py, where no step waits for the one before it. "of peak" is 6 FLOPs for each
 parameter and token, over the rate of a large matrix product measured at the start. "FLOPs" is the operations of the
 softmax model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost
 nothing.
 
-Decoding is what LM.generate runs, weights cast as sample.py casts them. The softmax model decodes by it too, with a
+Decoding is what LM.generate runs, weights cast as sample.py casts them; --compile=True compiles its step too. The softmax model decodes by it too, with a
 cache that was allocated before, so that its step can be recorded as a CUDA graph as ours is. A limit is the tokens/s at
 which weights and states are read once for each token, at a bandwidth measured at the start.
 """
@@ -111,6 +112,7 @@ def machine_peaks(device, dtype):
 
 
 def training(config, T, bench, device):
+    """(A call that trains, the tokens that it trains on)."""
     model = LM(dataclasses.replace(config, seq_len=T)).to(device)
     compile_blocks(model, bench.compile, device)
     optimizer = make_optimizer(model, TrainConfig())
@@ -122,10 +124,16 @@ def training(config, T, bench, device):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    steps = 4 if device.type == "cuda" else 1
+
+    def train():
+        for _ in range(steps):
+            step()
+    return train, steps * idx.numel()
 
 
 def evaluation(config, T, bench, device):
+    """(A call that evaluates, the tokens that it evaluates)."""
     model = LM(dataclasses.replace(config, seq_len=T)).to(device).eval()
     compile_blocks(model, bench.compile, device)
     idx = random_tokens(config, bench.tokens // T, T, device)
@@ -134,7 +142,7 @@ def evaluation(config, T, bench, device):
     def step():
         with autocast(device, bench.precision):
             model(idx, idx)
-    return step
+    return step, idx.numel()
 
 
 class FixedCache(SoftmaxAttention):
@@ -177,7 +185,8 @@ def decoding(config, past, B, bench, device, steps=32):
     layers = [longer(*pair, past) for pair in zip(short["layers"], itertools.cycle(config.mixers))]
     state = {"tokens": torch.full_like(short["tokens"], past), "layers": layers}
     size = state_bytes(layers) / B
-    call = decoding_calls(model, prompt[:, :1], steps, device, bench.precision, state)
+    compiled = bench.compile is True
+    call = decoding_calls(model, prompt[:, :1], steps, device, bench.precision, state, compiled=compiled)
     return call, took, size
 
 
@@ -277,10 +286,10 @@ def memory_per_sequence(config, T, bench, device):
     """Bytes that a sequence more adds to a training step: on a GPU its peak, on a CPU what backward needs kept."""
     if device.type == "cuda":
         def peak(B):
-            step = training(config, T, dataclasses.replace(bench, tokens=B * T, compile=False), device)
-            step()
+            train, _ = training(config, T, dataclasses.replace(bench, tokens=B * T, compile=False), device)
+            train()
             torch.cuda.reset_peak_memory_stats()
-            step()
+            train()
             return torch.cuda.max_memory_allocated()
         return (peak(3) - peak(1)) / 2
     storages = {}
@@ -339,8 +348,8 @@ def measure(bench, config, device):
 def passes(T, part, configs, bench, device, figures):
     """Training steps, or evaluations, at length T."""
     make, flops = (training, 6) if part == "train" else (evaluation, 2)
-    mine, theirs = race([make(config, T, bench, device) for config in configs], device, bench.repeats)
-    tokens = max(1, bench.tokens // T) * T
+    calls, (tokens, _) = zip(*[make(config, T, bench, device) for config in configs])
+    mine, theirs = race(calls, device, bench.repeats)
     speed = tokens / statistics.median(mine)
     peer_speed = tokens / statistics.median(theirs)
     parameters = figures["parameters"]

@@ -1,20 +1,21 @@
-"""Is everything as fast on this GPU as it was? The kernel tests, then each preset beside the same model with softmax.
+"""Is everything as fast on this GPU as it was? The kernel tests, then each preset beside the softmax preset.
 
     make gpu-check                                  under 4 minutes on one H100; before a commit that a GPU's path is in
     python -m experiments.gpu_check --save=True     keeps the ratios of this run as those to compare with
 
-Each preset trains and decodes by experiments/bench.py, in bf16 and compiled, at T = 1024, its steps alternating with
-those of the same model with softmax. The ratio of the two is compared with what experiments/gpu_ratios.json keeps for
-this card. What is more than 5 % below says so, and the exit code is 1, as where a test fails. While the tests run,
-each preset is compiled once; what is timed then has the GPU for itself, and finds its code in Inductor's cache.
+Each preset trains and decodes as experiments/bench.py measures it, in bf16 and compiled (decoding recorded, not
+compiled), at T = 1024, its runs alternating with those of the softmax preset. The ratio of the two is compared with
+what experiments/gpu_ratios.json keeps for this card. What is more than 5 % below says so, and the exit code is 1, as
+where a test fails. While the tests run, each preset is compiled in a process of its own (--warm); what is timed then
+has the GPU for itself, and finds its code in Inductor's cache.
 """
 import os
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configurator import Failed, UserError, command, configure, help_first
@@ -22,17 +23,23 @@ from configurator import Failed, UserError, command, configure, help_first
 help_first(__name__, __file__, config_file=False)
 
 from support.files import check_target, read_json, write_json                     # support comes before torch
-from support.machine import device_name, pick_device, say
+from support.machine import device_name, pick_device, race, say
 from support.report import table
+
+import torch
+from tqdm import tqdm
+
+from experiments.bench import BenchConfig, decoding, training, vocabulary
+from model import ModelConfig
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = ROOT / "experiments/gpu_ratios.json"
 PRESETS = ["base", "based", "retnet", "deltanet", "gated_deltanet", "hybrid", "hybrid_softmax", "tiny"]
-SIZES = ["--parts=train,decode", "--seq_lens=1024", "--tokens=32768", "--positions=1024", "--prefill=1024",
-         "--memory=False", "--repeats=5"]
-TRY = ["--dim=32", "--n_heads=2", "--depth=3", "--feature_dim=8", "--vocab_size=300", "--parts=train,decode",
-       "--seq_lens=64", "--tokens=128", "--positions=64", "--prefill=64", "--memory=False", "--repeats=1",
+SIZES = ["--tokens=32768", "--prefill=1024", "--precision=bf16"]
+TRY = ["--dim=32", "--n_heads=2", "--depth=3", "--feature_dim=8", "--vocab_size=300", "--tokens=2048", "--prefill=64",
        "--precision=fp32"]                                                        # for --quick: as on a laptop
+REPEATS = 5
 BELOW = 0.95                                                                      # of the ratio kept: worth a word
 
 
@@ -43,100 +50,132 @@ class CheckConfig:
     save: bool = False               # keep the ratios of this run for this card
     json: str = ""                   # also write all figures to this file
     quick: bool = False              # tiny models, on a CPU too: tries the check itself, its ratios mean nothing
+    warm: bool = False               # only compile the presets: what the check itself starts
     device: str = "auto"             # as for train.py
 
+    def __post_init__(self):
+        self.names = self.presets.split(",")
+        for name in self.names:
+            if not (ROOT / f"config/{name}.py").exists():
+                raise ValueError(f"presets: there is no config/{name}.py; take some of {','.join(PRESETS)}")
 
-def bench(preset, config, target, once=False):
-    """The command that measures a preset and writes `target`; once: only to compile it."""
-    sizes = TRY if config.quick else SIZES
-    return [sys.executable, "-m", "experiments.bench", f"config/{preset}.py", *sizes, f"--device={config.device}",
-            f"--json={target}", *["--repeats=1"] * once]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernel tests, and the compiling of all presets, side by side
 
 
-def run(words, env):
-    """(Exit code, output) of a command."""
+def run(words):
+    """(Exit code, output) of a command, in one thread of PyTorch's."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout
 
 
 def kernel_tests(count):
     """Commands that run the kernel tests, each a share of them: most of their time is compiling."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_support_kernels.py"]
-    code, output = run([*words, "--collect-only"], os.environ)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = ["tests/test_support_kernels.py", "tests/test_support_speedups.py"]
+    code, output = run([*words, *files, "--collect-only"])
     names = [line for line in output.splitlines() if "::" in line]
     if code or not names:
-        raise UserError(f"the kernel tests cannot be collected: {(output.strip() or 'no word').splitlines()[-1]}")
+        raise UserError(f"the kernel tests cannot be collected: {last_line(output)}")
     shares = [names[i::count] for i in range(min(count, len(names)))]
-    return [[*words[:-1], *share] for share in shares]
+    return [[*words, *share] for share in shares]
 
 
-def prepare(presets, config, env, folder):
-    """Kernel tests and the compiling of all presets, side by side. The tests' output where one of them failed."""
+def last_line(output):
+    return (output.strip() or "no word").splitlines()[-1]
+
+
+def prepare(config):
+    """Runs the tests and compiles the presets. Returns the output of those tests that failed."""
     cores = os.cpu_count() or 1
     tests = kernel_tests(max(1, cores // 2)) if config.tests else []
-    warm = [bench(preset, config, folder / f"warm-{preset}.json", once=True) for preset in presets]
-    own = env | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
-    with (futures.ThreadPoolExecutor(max(1, len(tests))) as test_pool,
-          futures.ThreadPoolExecutor(max(1, min(4, cores // 4))) as warm_pool):   # of memory 4 take what a GPU has
-        tested = test_pool.map(lambda words: run(words, own), tests)
-        compiled = warm_pool.map(lambda words: run(words, own), warm)
-        for preset, (code, output) in zip(presets, compiled):
+    own = [sys.executable, "-m", "experiments.gpu_check", "--warm=True", f"--device={config.device}",
+           f"--quick={config.quick}"]
+    warm = [[*own, f"--presets={name}"] for name in ["softmax", *config.names]]
+    with futures.ThreadPoolExecutor(len(tests) or 1) as test_pool, futures.ThreadPoolExecutor(4) as warm_pool:
+        tested = test_pool.map(run, tests)
+        compiled = warm_pool.map(run, warm)
+        for words, (code, output) in zip(warm, compiled):
             if code:
-                raise Failed(f"{preset} does not run: {(output.strip() or 'no word').splitlines()[-1]}")
+                raise Failed(f"{words[-1]} does not run: {last_line(output)}")
         return [output for code, output in tested if code not in (0, 5)]          # 5: all were deselected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is timed
+
+
+def calls(preset, config, device):
+    """{"train", "decode": (a call, the tokens that it trains on or makes)} of a preset."""
+    sizes = TRY if config.quick else SIZES
+    bench, model, train = configure([f"{ROOT}/config/{preset}.py", *sizes], BenchConfig, ModelConfig, TrainConfig)
+    vocabulary(model, train)
+    T = 64 if config.quick else 1024
+    if preset == "softmax":                                                       # its cache allocated before
+        decode, _, _ = decoding(replace(model, mixers=["fixed_cache"]), T, 1, bench, device)
+    else:
+        decode, _, _ = decoding(model, T, 1, bench, device)
+    return {"train": training(model, T, bench, device), "decode": (decode, 32)}
+
+
+def compare(mine, peer, device):
+    """{part: {"tokens/s", "softmax", "ratio"}} of two results of calls()."""
+    figures = {}
+    for part, (call, tokens) in mine.items():
+        peer_call, peer_tokens = peer[part]
+        times, peer_times = map(statistics.median, race([call, peer_call], device, REPEATS))
+        speed, peer_speed = tokens / times, peer_tokens / peer_times
+        figures[part] = {"tokens/s": speed, "softmax": peer_speed, "ratio": round(speed / peer_speed, 3)}
+    return figures
 
 
 def verdict(preset, figures, kept):
     """A row of the table: the ratios of a preset, those kept, and what is to be said of them."""
     row, words = {"preset": preset}, []
-    for part in ("train", "decode"):
-        ratio = figures[part][0]["ratio"]
+    for part, found in figures.items():
         before = kept.get(preset, {}).get(part)
-        row[f"{part}, tokens/s"] = figures[part][0]["tokens/s"]
-        row[f"{part}, times softmax"] = ratio
+        row[f"{part}, tokens/s"] = found["tokens/s"]
+        row[f"{part}, times softmax"] = found["ratio"]
         row[f"{part}, kept"] = before or "none"
-        if before and ratio < BELOW * before:
-            words.append(f"{part} is {1 - ratio / before:.0%} below")
+        if before and found["ratio"] < BELOW * before:
+            words.append(f"{part} is {1 - found['ratio'] / before:.0%} below")
     return row | {"": ", ".join(words) or "ok"}
 
 
 def main():
     start = time.monotonic()
     config, = configure(sys.argv[1:], CheckConfig, config_file=False)
-    presets = config.presets.split(",")
-    for preset in presets:
-        if not (ROOT / f"config/{preset}.py").exists():
-            raise UserError(f"--presets: there is no config/{preset}.py; take some of {','.join(PRESETS)}")
     if config.json:
         check_target(Path(config.json), "json")
     device = pick_device(config.device)
     if device.type != "cuda" and not config.quick:
         raise UserError("gpu_check times kernels that only an Nvidia GPU runs, and there is none: --quick=True tries "
                         "the check itself")
+    torch.set_float32_matmul_precision("high")
+    if config.warm:
+        for name in config.names:
+            for call, _ in calls(name, config, device).values():
+                call()
+        return
     card = device_name(device)
     kept = read_json(RATIOS) or {}
+    failures = prepare(config)
+    for output in failures:
+        print(output)
+    say(f"tests and compiling took {time.monotonic() - start:.0f} s")
+    peer = calls("softmax", config, device)
     figures = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-        env = os.environ | env
-        failures = prepare(presets, config, env, folder)
-        for output in failures:
-            print(output)
-        say(f"tests and compiling took {time.monotonic() - start:.0f} s")
-        for preset in presets:
-            code, output = run(bench(preset, config, folder / f"{preset}.json"), env)
-            figures[preset] = read_json(folder / f"{preset}.json", "train", "decode")
-            if code or figures[preset] is None:
-                raise Failed(f"{preset} does not run: {(output.strip() or 'no word').splitlines()[-1]}")
-    rows = [verdict(preset, figures[preset], kept.get(card, {})) for preset in presets]
-    table(f"{card}: training and decoding beside the same model with softmax, T = 1024", rows)
+    for name in tqdm(config.names, desc="presets", disable=None, leave=False):
+        figures[name] = compare(calls(name, config, device), peer, device)
+    rows = [verdict(name, found, kept.get(card, {})) for name, found in figures.items()]
+    table(f"{card}: training and decoding beside the softmax preset, T = 1024", rows)
     say(f"{time.monotonic() - start:.0f} s in all")
     if config.json:
         write_json(Path(config.json), {"card": card, "figures": figures}, indent=1)
     if config.save:
-        ratios = {preset: {part: found[part][0]["ratio"] for part in ("train", "decode")}
-                  for preset, found in figures.items()}
+        ratios = {name: {part: found["ratio"] for part, found in parts.items()} for name, parts in figures.items()}
         write_json(RATIOS, kept | {card: kept.get(card, {}) | ratios}, indent=1)
     slower = [row["preset"] for row in rows if row[""] != "ok"]
     if slower or failures:

@@ -697,9 +697,8 @@ def allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
     C = size["C"]
     N = blocks(T, C)
     stored = torch.bfloat16 if size["PREC"] == "bf16" else torch.float32
-    unused = q.new_empty(0)
     starts = q.new_empty(B, H, N * K, v.shape[-1], dtype=stored)
-    sum_starts, scale, x, u = [unused] * 4
+    sum_starts, scale, x, u = (q.new_empty(0) for _ in range(4))     # unused; an operator's results may not be one tensor
     if norm:
         sum_starts = q.new_empty(B, H, N * K, dtype=torch.float32)
         scale = q.new_empty(B, H, T, dtype=torch.float32)
@@ -738,9 +737,8 @@ def forward(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
 
 def allocate_backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
                       chunk_size):
-    unused = q.new_empty(0)
-    dg, db = (unused if t is None else t.new_empty(t.shape) for t in (g, b))
-    dq_sum, dk_sum = (unused if t is None else empty(t) for t in (q_sum, k_sum))
+    dg, db = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (g, b))
+    dq_sum, dk_sum = (q.new_empty(0) if t is None else empty(t) for t in (q_sum, k_sum))
     return empty(q), empty(k), empty(v), dg, db, dq_sum, dk_sum, torch.empty_like(dfinal)
 
 

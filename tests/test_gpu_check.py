@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "config"
 
 
 def figures(train, decode):
-    return {part: [{"tokens/s": 1e5, "ratio": ratio}] for part, ratio in (("train", train), ("decode", decode))}
+    return {part: {"tokens/s": 1e5, "ratio": ratio} for part, ratio in (("train", train), ("decode", decode))}
 
 
 def test_every_preset_is_checked():
@@ -37,19 +37,16 @@ def run(monkeypatch, *flags):
 def test_what_cannot_be_checked_is_one_line(monkeypatch, tmp_path):
     for flags, wanted in ((["--presets=base,bse"], "there is no config/bse.py"), (["--device=cpu"], "--quick=True tries"),
                           ([f"--json={tmp_path}"], "it is a folder")):
-        with pytest.raises(UserError, match=wanted):
+        with pytest.raises((UserError, ValueError), match=wanted):
             run(monkeypatch, *flags)
 
 
 def test_ratios_are_kept_for_the_card_and_slower_ones_fail(monkeypatch, tmp_path, capsys):
     measured = {"base": figures(1.1, 1.2), "based": figures(1.0, 1.0)}
 
-    def pretend(words, env):
-        preset = Path(words[3]).stem
-        target, = (word.partition("=")[2] for word in words if word.startswith("--json="))
-        Path(target).write_text(json.dumps(measured[preset]))
-        return 0, ""
-    monkeypatch.setattr(gpu_check, "run", pretend)
+    monkeypatch.setattr(gpu_check, "prepare", lambda config: [])
+    monkeypatch.setattr(gpu_check, "calls", lambda preset, config, device: preset)
+    monkeypatch.setattr(gpu_check, "compare", lambda preset, peer, device: measured[preset])
     monkeypatch.setattr(gpu_check, "RATIOS", tmp_path / "ratios.json")
     monkeypatch.setattr(gpu_check, "device_name", lambda device: "card")
     (tmp_path / "ratios.json").write_text('{"other card": {"base": {"train": 9.0, "decode": 9.0}}}')
@@ -72,4 +69,10 @@ def test_ratios_are_kept_for_the_card_and_slower_ones_fail(monkeypatch, tmp_path
 def test_the_check_itself_runs_without_a_gpu(monkeypatch, tmp_path):
     run(monkeypatch, "--presets=hybrid", "--quick=True", "--tests=False", "--device=cpu", f"--json={tmp_path}/all.json")
     found = json.loads((tmp_path / "all.json").read_text())["figures"]["hybrid"]
-    assert found["train"][0]["ratio"] > 0 and found["decode"][0]["softmax"] > 0
+    assert found["train"]["ratio"] > 0 and found["decode"]["softmax"] > 0
+
+
+def test_the_ratio_is_of_tokens_a_second(monkeypatch):
+    monkeypatch.setattr(gpu_check, "race", lambda calls, device, repeats: [[2.0], [1.0]])
+    found = gpu_check.compare({"train": (None, 100)}, {"train": (None, 25)}, None)
+    assert found == {"train": {"tokens/s": 50, "softmax": 25, "ratio": 2}}
