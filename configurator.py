@@ -20,6 +20,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -220,7 +221,7 @@ def joined(argv, *classes):
     return words
 
 
-def read_arguments(argv, config_file):
+def read_arguments(argv, legal, config_file):
     """The settings in the config files, then those in the flags; a flag without "=" means True."""
     from_files = []
     from_flags = []
@@ -234,9 +235,36 @@ def read_arguments(argv, config_file):
         elif argument.endswith(".py") and config_file:
             from_files += read_config_file(argument)
         else:
-            raise UserError(f"{show(argument)} is not understood: a flag is written --key=value"
-                            + ", a config file ends in .py" * config_file)
+            rule = "a flag is written --key=value, in quotes where it has spaces"
+            fix = meant(argument, argv, legal) or rule + "; a config file ends in .py" * config_file
+            raise UserError(f"{show(argument)} is not understood: {fix}")
     return from_files + from_flags
+
+
+def meant(word, argv, legal):
+    """The flag that a word without a key stands for, or "": a folder of a run, a file to read, a prompt."""
+    path = Path(word)
+    likely = {"init_from": path.suffix == ".pt", "out_dir": path.parts[:1] == ("out",) or (path / "ckpt.pt").exists(),
+              "data_files": path.exists(), "file": path.is_file(), "prompt": not word.startswith("-")}
+    given = {flag[2:].partition("=")[0] for flag in argv}
+    keys = [key for key, fits in likely.items() if fits and key in legal - given]
+    return f"write --{keys[0]}={shlex.quote(word)}" if keys else ""
+
+
+def unknown_key(where, key, legal, settings):
+    """Why a key is none of this program's, and what to type instead: of its own keys only one that is near."""
+    plain = key.replace("-", "_").lower()
+    near = difflib.get_close_matches(plain, sorted(legal), 1)
+    if NANOGPT.get(plain) in legal:
+        near = [NANOGPT[plain]]
+    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("train.py", "model.py")]
+    if plain not in legal and plain in {name for text in texts for _, name, _, _ in settings_in(text)}:
+        file = where.partition(":")[0]
+        folders = [value for place, other, value, _ in settings if other == "out_dir" and place.startswith(f"{file}:")]
+        fix = f"; to use the model that it trained: --out_dir={folders[0]}" if folders else ""
+        return f"{where} is a setting of train.py" + fix
+    hint = f"; the nearest is {near[0]}, and --help lists all" if near else "; --help lists all"
+    return f"{where} is not a known key{hint}"
 
 
 def configure(argv, *classes, config_file=True, inherit=None):
@@ -251,13 +279,12 @@ def configure(argv, *classes, config_file=True, inherit=None):
     """
     kinds = {cls: typing.get_type_hints(cls) for cls in classes}
     fields = {cls: {field.name: field for field in dataclasses.fields(cls) if field.init} for cls in classes}
-    legal = sorted({key for cls in classes for key in fields[cls]})
+    legal = {key for cls in classes for key in fields[cls]}
     given = {cls: {} for cls in classes}
-    for where, key, value, values in read_arguments(joined(argv, *classes), config_file):
+    settings = read_arguments(joined(argv, *classes), legal, config_file)
+    for where, key, value, values in settings:
         if key not in legal:
-            plain = key.replace("-", "_").lower()
-            near, = {NANOGPT.get(plain)} & set(legal) or difflib.get_close_matches(plain, legal, 1, 0)
-            raise UserError(f"{where} is not a known key; the nearest is {near}, and --help lists all")
+            raise UserError(unknown_key(where, key, legal, settings))
         values = list(values)
         for cls in classes:
             if key in fields[cls]:
@@ -336,13 +363,13 @@ def help_text(sources, config_file=True):
 def settings_in(text):
     """(group, key, default, meaning) of each field of the *Config classes in the text of a source file.
 
-    A comment line above a field begins a group; without one the class is the group.
+    A comment line above a field begins a group.
     """
     lines = text.split("\n")
     for cls in ast.parse(text).body:
         if not (isinstance(cls, ast.ClassDef) and cls.name.endswith("Config")):
             continue
-        group = cls.name
+        group = "Settings"
         for node in cls.body:
             if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
                 continue

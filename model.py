@@ -436,12 +436,13 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk
 
 @dataclass
 class ModelConfig:
+    # The model
     vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
     dim: int = 512                 # model width
     depth: int = 6                 # number of blocks
     n_heads: int = 8               # heads H of every mixer but conv; a head is dim / n_heads wide
     seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
-    mixers: str | list[str] = "linear"  # a pattern of linear, window, softmax and conv that repeats over the depth
+    mixers: str | list[str] = "linear"  # linear, window, softmax or conv, with spaces between; repeats over the depth
     causal: bool = True            # False: every token sees the whole text (encoders; linear and softmax mixers only)
     pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
     feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS
