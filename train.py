@@ -80,7 +80,7 @@ class TrainConfig:
     keep_last: int = 1               # checkpoints to keep: ckpt.pt, and ckpt-STEP.pt for those before it
     max_skips: int = 20              # steps in a row with a non-finite loss or gradient before the run stops
     skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; they are logged anyway
-    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto resumes a run of the same config; True: there must be one; False: start over; changed: other settings; changed_model: also such as change what the weights mean
+    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto: resume a run of the same settings; True: there must be one; False: start over; changed: with other settings; changed_model: also with settings that change what the weights mean
     tensorboard: bool = False        # also log to out_dir/tensorboard, with samples and the loss curve
     wandb_project: str = ""          # also log to this project of Weights & Biases; WANDB_MODE=offline needs no account
     eval_only: bool = False          # evaluate the checkpoint in out_dir, or init_from, and stop

@@ -256,7 +256,8 @@ class Pace:
         self.told = True
         left = self.steps - step
         if left > 0:
-            say(f"about {duration(left * seconds_each)} for the {left:,} steps left, at {speed:,.0f} tokens/s"
+            steps = f"{left:,} step" + "s" * (left > 1)
+            say(f"about {duration(left * seconds_each)} for the {steps} left, at {speed:,.0f} tokens/s"
                 + ", if later steps take as long as the first" * first)
 
 
@@ -264,7 +265,7 @@ def duration(seconds):
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {name}"
-    return f"{math.ceil(seconds)} seconds"
+    return f"{math.ceil(seconds)} second" + "s" * (seconds > 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def test_early_in_a_run_it_is_said_how_long_it_will_take(run, monkeypatch):
         err = run("--max_steps=6", f"--log_interval={log_interval}", "--resume=false").err
         speed, = re.findall(r"for the 3 steps left, at ([\d,]+) tokens/s\n", err)
         assert 10 < int(speed.replace(",", "")) < 10**6
+    assert "for the 1 step left, at" in run("--max_steps=4", "--resume=false").err
     clock = itertools.count(0, 50)
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
     line = next(line for line in run("--max_steps=6", "--resume=false", "--log_interval=9").err.splitlines() if "steps left" in line)
@@ -64,7 +65,7 @@ def test_early_in_a_run_it_is_said_how_long_it_will_take(run, monkeypatch):
 
 def test_durations_are_said_in_the_unit_that_suits_them():
     assert [report.duration(seconds) for seconds in (0.2, 100, 400, 9000, 200000)] == [
-        "1 seconds", "100 seconds", "6.67 minutes", "2.5 hours", "2.31 days"]
+        "1 second", "100 seconds", "6.67 minutes", "2.5 hours", "2.31 days"]
 
 
 @pytest.mark.parametrize("package", ["matplotlib/__init__.py", "matplotlib/pyplot.py"])
