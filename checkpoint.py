@@ -20,7 +20,7 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError
+from configurator import Failed, UserError, show
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
@@ -285,18 +285,39 @@ def load_pretrained(source, device="cpu"):
     try:
         from huggingface_hub import hf_hub_download
         with redirect_stdout(io.StringIO()):                                      # it prints, and samples go to stdout
-            settings = path / "config.json" if path.is_dir() else hf_hub_download(source, "config.json")
+            settings = path / "config.json"
+            local = path.is_dir() or not hub_answers(source)
+            if not path.is_dir():
+                settings = hf_hub_download(source, "config.json", local_files_only=local)
             unknown = json.loads(Path(settings).read_bytes()).keys() - SETTINGS   # from_pretrained would leave them out
-            model = LM.from_pretrained(source, strict=True).to(device)
+            model = LM.from_pretrained(source, strict=True, local_files_only=local).to(device)
     except ImportError:
         raise UserError(f"{source} holds no checkpoint; to read shared models: "
                         "pip install huggingface_hub safetensors") from None
     except Exception as error:  # a missing file, no network, another kind of model: each its own exception type
+        kind = type(error).__name__
+        reasons = {"LocalEntryNotFoundError": "it does not answer, and no copy is kept here: check the network",
+                   "RepositoryNotFoundError": "it has no public model of this name",
+                   "FileNotFoundError": "the folder has no best.pt, ckpt.pt or config.json"}
         raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging "
-                        f"Face hub gives ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+                        f"Face hub gives ({reasons.get(kind) or f'{kind}: {show(str(error), str)}'})") from None
     if unknown:
         raise UserError(f"{source} is of another version of model.py: its config.json has {', '.join(sorted(unknown))}")
     return model
+
+
+def hub_answers(source):
+    """Is there a network? Asked before the first download, which would try again for half a minute; a copy that was
+    kept needs none. Raises where the hub answers that it has no such model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import RepositoryNotFoundError
+    try:
+        HfApi().model_info(source, timeout=10)
+    except RepositoryNotFoundError:
+        raise
+    except Exception:  # each library below has its own types
+        return False
+    return True
 
 
 def checkpoint_in(out_dir):

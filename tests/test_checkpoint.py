@@ -116,10 +116,31 @@ def test_a_shared_model_with_settings_that_we_do_not_know_is_refused(run, refusa
     assert "another version of model.py: its config.json has depht, rope_scale" in refusal("--init_from=shared", "--out_dir=new")
 
 
-def test_a_hub_that_does_not_answer_is_one_line(run, refusal, monkeypatch):
+def test_a_hub_that_does_not_answer_is_one_line_at_once_and_a_kept_copy_needs_no_network(run, refusal, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)                    # without: the same after 25 s
-    assert "nor one that the Hugging Face hub gives (" in refusal("--init_from=someone/model", "--out_dir=new")
+    pytest.importorskip("safetensors")
+    asked = []
+    download = hub.hf_hub_download
+
+    def unreachable(*args, **options):
+        asked.append(options)
+        raise ConnectionError("no network")
+
+    def noted(*args, local_files_only):                                           # else: again and again for 25 s
+        asked.append(local_files_only)
+        return download(*args, local_files_only=True)
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(hub, "hf_hub_download", noted)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", "cache")
+    line = refusal("--init_from=someone/model", "--out_dir=new")
+    assert line.endswith("hub gives (it does not answer, and no copy is kept here: check the network)\n")
+    assert asked == [{"timeout": 10}, True]
+    run("--max_steps=1")
+    lm = checkpoint.load_pretrained("out")
+    lm.save_pretrained("cache/models--someone--model/snapshots/abc")
+    Path("cache/models--someone--model/refs").mkdir()
+    Path("cache/models--someone--model/refs/main").write_text("abc")
+    assert torch.equal(checkpoint.load_pretrained("someone/model").embed.weight, lm.embed.weight)
 
 
 def test_a_kept_checkpoint_takes_no_room_of_its_own(tmp_path):
