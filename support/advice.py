@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MUCH = 20_000_000  # so many tokens are enough for the base model
+MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
 
 
 @dataclass
@@ -59,18 +59,18 @@ def duration(seconds):
 
 
 def next_steps(dataset, data_dir, vocab_size, train, val):
-    """The command that trains a model that fits the text and the machine, and how long it takes."""
+    """The command that trains a model that fits the text and the machine, on its own line, and how long it takes."""
     names = [f"--dataset={dataset}"]
     if str(data_dir) != "data":
         names.append(f"--data_dir={data_dir}")
     if dataset not in ("c4", "stdlib"):  # one folder, one run
         names.append(f"--out_dir=out/{dataset}")
     tiny = Preset("tiny", 1.79e6 + 192 * vocab_size, 4096, 700)
-    base = Preset("base", 18.88e6 + 512 * vocab_size, 65536, 20000)
+    hybrid = Preset("hybrid", 18.93e6 + 512 * vocab_size, 65536, 20000)
     gpu = shutil.which("nvidia-smi") is not None
+    on_a_gpu = f"    {hybrid.command(train, val, names)}"
     if train >= MUCH and gpu:
-        return f"next: {base.command(train, val, names)}"
-    here = f"next: {tiny.command(train, val, names)}    (about {duration(tiny.seconds(train))} on this machine's CPU)"
-    if train < MUCH:
-        return here
-    return f"{here}\nor, on a GPU: {base.command(train, val, names)}"
+        return f"next:\n{on_a_gpu}"
+    here = (f"next, about {duration(tiny.seconds(train))} on this machine's CPU when nothing else runs on it:\n"
+            f"    {tiny.command(train, val, names)}")
+    return f"{here}\nor, on a GPU:\n{on_a_gpu}" if train >= MUCH else here

@@ -262,7 +262,7 @@ def test_local_c4_gives_one_bin_per_file_and_every_document(tmp_path):
         assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["tokens"] * 2 == len(data)
         assert entry["bytes"] + entry["documents"] == entry["tokens"]
         assert entry["source"].startswith("c4-") and str(tmp_path) not in json.dumps(manifest)
-    assert "next: python train.py" in out and "--dataset=c4" in out
+    assert "\n    python train.py" in out and "--dataset=c4" in out
 
 
 def test_every_kind_of_file_gives_the_same_texts(tmp_path):
@@ -549,7 +549,7 @@ def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_comma
     home = os.environ | {"HOME": str(tmp_path)}
     out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=home)
     assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
-    words = shlex.split(re.search("next: (.*?)    ", out)[1])
+    words = shlex.split(re.search("next.*:\n +(.*)", out)[1])
     assert words[:3] == ["python", "train.py", "config/tiny.py"] and f"--data_dir={tmp_path}/my $data;" in words
 
 
@@ -559,7 +559,7 @@ def test_a_name_that_the_terminal_has_no_characters_for_is_no_error(tmp_path, en
     (tmp_path / name).write_text("text " * 100)
     (tmp_path / "a.txt").write_text("text " * 100)
     out = run(tmp_path, "--dataset=d", "--data_files=*.txt", env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert "validation: val-" in out and "next: " in out
+    assert "validation: val-" in out and "next" in out
 
 
 @pytest.mark.parametrize("make, words", [
@@ -799,17 +799,21 @@ def test_a_tokenizer_json_that_is_none_is_one_line(tmp_path, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said at the end.
 
-@pytest.mark.parametrize("gpu, vocab_size, train, words", [
-    (False, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),  # a novel
-    (False, 257, 100_000, "tiny.py --dataset=d --out_dir=out/d --max_steps=200    (about "),
-    (True, 257, 600_000, "tiny.py --dataset=d --out_dir=out/d    (about "),
-    (True, 50257, 170_000_000, "base.py --dataset=d --out_dir=out/d"),
-    (True, 50257, 30_000_000, "base.py --dataset=d --out_dir=out/d --max_steps=4600"),
-    (False, 50257, 170_000_000, "on this machine's CPU)\nor, on a GPU: python train.py config/base.py --dataset=d --out_dir=out/d")])
-def test_the_next_command_fits_the_text_and_the_machine(monkeypatch, gpu, vocab_size, train, words):
+@pytest.mark.parametrize("gpu, vocab_size, train, command", [
+    (False, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d"),  # a novel
+    (False, 257, 100_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d --max_steps=200"),
+    (True, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d"),
+    (True, 50257, 170_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d"),
+    (True, 50257, 30_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d --max_steps=4600"),
+    (False, 50257, 170_000_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d\nor, on a GPU:\n"
+     "    python train.py config/hybrid.py --dataset=d --out_dir=out/d")])
+def test_the_next_command_fits_the_text_and_the_machine_and_stands_on_its_own_line(monkeypatch, gpu, vocab_size, train,
+                                                                                   command):
     from support import advice
     monkeypatch.setattr(advice.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if gpu else None)
-    assert words in advice.next_steps("d", "data", vocab_size, train, train // 20)
+    said, shown = advice.next_steps("d", "data", vocab_size, train, train // 20).split("\n", 1)
+    assert shown == command
+    assert said == "next:" or re.fullmatch("next, about .* on this machine's CPU when nothing else runs on it:", said)
 
 
 def test_the_estimate_says_minutes_hours_or_days(monkeypatch):
@@ -1113,7 +1117,7 @@ def test_a_damaged_shard_of_another_machine_costs_nothing_else_and_its_remedy_is
     before = contents(folder)
     for damaged in ("train-00002.json", "train-00003.bin"):
         (folder / damaged).write_bytes(before[damaged][:50])
-        remedy = f"run python prepare.py --dataset=c4 --shards={damaged[10]}:{int(damaged[10]) + 1} "
+        remedy = f"run python prepare.py --dataset=c4 --shards={damaged[10]}:{int(damaged[10]) + 1}\n"
         assert remedy in refusal(tmp_path, "--verify")
         if damaged.endswith(".json"):
             assert remedy in refusal(tmp_path, "--shards=1", env=hub)
