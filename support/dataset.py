@@ -264,10 +264,14 @@ def bin_problems(folder, content, whole=False):
 def remake(folder, problem=""):
     """What makes a dataset whole again, and first the shard of C4 in `problem`, maybe of another machine's share."""
     flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
-    if folder.name == "c4" and (shard := re.search(r"\btrain-(\d{5})\.(bin|json)", problem)):
+    shard = re.search(r"\btrain-(\d{5})\.(bin|json)", problem) if folder.name == "c4" else None
+    if shard:
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
+    elif folder.name == "c4" and not problem:
+        flags = " --shards=8"  # as README has it for 20,000 steps
     flags += "" if str(folder.parent) == "data" else " " + shlex.quote(f"--data_dir={folder.parent}")
-    return f"run python prepare.py --dataset={folder.name}{flags} (the command that made it keeps what is whole)"
+    again = "" if shard or not folder.exists() else "repeat the command that made it, which keeps what is whole, or "
+    return f"{again}run python prepare.py --dataset={folder.name}{flags}"
 
 
 def read_manifest(folder):

@@ -139,7 +139,10 @@ def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
 
 def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):
     flag, folder = write_c4(tmp_path, shards=1), tmp_path / "data/c4"
-    with pytest.raises(UserError, match="no finished dataset .* python prepare.py --dataset=c4"):
+    with pytest.raises(UserError, match="no finished dataset .*: run python prepare.py --dataset=c4 --shards=8 --data_dir="):
+        dataset.read_manifest(folder)
+    folder.mkdir(parents=True)                                                    # as prepare.py does at its start
+    with pytest.raises(UserError, match="repeat the command that made it, which keeps what is whole, or run python"):
         dataset.read_manifest(folder)
     run(tmp_path, flag)
     before = contents(folder)
