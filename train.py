@@ -441,6 +441,10 @@ def train(config, model_config, checkpoint, data, device):
         f"{tokens:,} tokens a step, {tokens * config.max_steps / run.windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
+    if config.warmup_steps >= config.max_steps:
+        say(f"warmup_steps={config.warmup_steps} is not below max_steps={config.max_steps}: lr only rises, to "
+            f"{config.max_steps / (config.warmup_steps + 1):.0%} of its peak; --warmup_steps={config.max_steps // 10} "
+            "would leave it steps to fall")
     run.train()
     flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
     say("done: python sample.py " + shlex.join(flags))
