@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import traceback
@@ -321,10 +322,13 @@ def hub_answers(source):
 
 
 def checkpoint_in(out_dir):
-    """out_dir, or UserError if it holds no checkpoint."""
-    if not any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
-        raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name its folder with --out_dir")
-    return out_dir
+    """out_dir, or UserError if it holds no checkpoint, which names the folder beside it that was trained in last."""
+    if any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
+        return out_dir
+    others = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    folder = shlex.quote(str(others[-1].parent)) if others else "..."
+    raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name the folder of a trained model, "
+                    f"--out_dir={folder}")
 
 
 def open_model(source, device="auto", precision="auto"):

@@ -291,8 +291,12 @@ def write(model, tokenizer, prompt, before, config, options):
         beginning = before.half + tokenizer.decode_bytes(tokenizer.encode(prompt))
         made = write_several(model, tokenizer, beginning, state, config, options)
     writing = time.perf_counter() - start
-    read = f"{length} tokens in {reading:.2f} s" + f" ({length / reading:,.0f} tokens/s)" * (length > 1)
-    print(f"\nprompt: {read}; text: {made} tokens in {writing:.1f} s ({made / writing:,.0f} tokens/s); "
+    read = f"after {before.tokens:,} tokens"
+    if length == 1:
+        read = f"prompt: 1 token in {reading:.2f} s"
+    elif length:
+        read = f"prompt: {length} tokens in {reading:.2f} s ({length / reading:,.0f} tokens/s)"
+    print(f"\n{read}; text: {made} tokens in {writing:.1f} s ({made / writing:,.0f} tokens/s); "
           f"the state is {state.nbytes / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
     return state
 

@@ -170,7 +170,7 @@ def test_several_samples_differ_and_each_ends_on_its_own(write, scripted):
 def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
     def kilobytes(*flags):
         line = write("--stop=false", *flags).err.splitlines()[-1]
-        speed = r"(\d+) tokens in [\d.]+ s( \([\d,]+ tokens/s\))?"
+        speed = r"(\d+) tokens? in [\d.]+ s( \([\d,]+ tokens/s\))?"
         found = re.fullmatch(rf"prompt: {speed}; text: {speed}; the state is ([\d.,]+) kB a text", line)
         lengths.append((int(found[1]), int(found[3])))
         return float(found[5])
@@ -188,7 +188,7 @@ def test_the_speed_of_writing_leaves_out_the_reading_of_the_prompt(write, monkey
         return read(*args)
     monkeypatch.setattr(sample, "read_prompt", slow)
     line = write("--prompt=abc", "--max_new_tokens=1").err.splitlines()[-1]
-    reading, writing = map(float, re.findall(r"tokens in ([\d.]+) s", line))
+    reading, writing = map(float, re.findall(r"tokens? in ([\d.]+) s", line))
     assert reading >= 1 and writing < reading
 
 
@@ -227,6 +227,20 @@ def test_a_text_in_two_runs_is_the_text_of_one(write, tmp_path, options):
         second = write(f"--max_new_tokens={60 - cut}", "--stop=false", "--load_state=a.state")
         assert (first.code, second.code) == (0, 0) and first.out + second.out == whole
     assert write("--load_state=a.state", "--stop=false", "--seed=2").out != write("--load_state=a.state", "--stop=false").out
+
+
+def test_a_text_continued_without_a_prompt_is_said_to_come_after_its_tokens(write):
+    write("--prompt=abc", "--max_new_tokens=5", "--stop=false", "--save_state=a.state")
+    assert write("--load_state=a.state").err.splitlines()[-1].startswith("after 8 tokens; text: ")
+    assert write("--load_state=a.state", "--prompt=x").err.splitlines()[-1].startswith("prompt: 1 token in ")
+
+
+def test_without_a_checkpoint_the_model_trained_last_is_named(refusal, tmp_path):
+    write_checkpoint(tmp_path / "runs/a")
+    write_checkpoint(tmp_path / "runs/b c")
+    os.utime("runs/a/ckpt.pt", (1, 1))
+    assert refusal("--out_dir=runs/none").endswith("name the folder of a trained model, --out_dir='runs/b c'\n")
+    assert refusal("--out_dir=none/none").endswith("name the folder of a trained model, --out_dir=...\n")
 
 
 def test_a_character_cut_by_the_end_of_a_run_is_written_whole_by_the_next(write, scripted):
