@@ -5,7 +5,7 @@
     python sample.py --out_dir=out/finetune --prompt="def "
 
 The model's settings are those of the model it starts from; set here or by a flag are only the ones to change. After a
-softmax model, --mixers=linear makes a linear one of it: what both have is kept, and this run mends the rest.
+softmax model, --mixers=linear makes a linear one of it: what both have is kept, and this run trains the rest.
 """
 out_dir = "out/finetune"
 dataset = "mine"

@@ -4,7 +4,7 @@
     python train.py config/tiny.py
     python sample.py --out_dir=out/tiny --prompt="def "
 
-1.84 M parameters; 288 kB of state per sequence. Minutes on two idle cores, to 1.03 nats a byte.
+1.84 M parameters; 288 kB of state per sequence. Minutes on two idle cores, to 1.03 nats per byte.
 Source: gated linear attention alternating with a window, as Based [arXiv 2402.18668] mixes the two.
 """
 out_dir = "out/tiny"
@@ -22,7 +22,7 @@ pos = "none"
 
 batch_size = 16
 grad_accum = 1
-optimizer = "muon"  # AdamW at lr 3e-3 ended these 700 steps at 1.31 to 1.35 nats a byte
+optimizer = "muon"  # AdamW at lr 3e-3 ended these 700 steps at 1.31 to 1.35 nats per byte
 lr = 2e-2
 warmup_steps = 50
 max_steps = 700

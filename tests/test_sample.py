@@ -171,7 +171,7 @@ def test_speed_and_state_size_go_to_stderr_and_the_state_does_not_grow(write):
     def kilobytes(*flags):
         line = write("--stop=false", *flags).err.splitlines()[-1]
         speed = r"(\d+) tokens? in [\d.]+ s( \([\d,]+ tokens/s\))?"
-        found = re.fullmatch(rf"prompt: {speed}; text: {speed}; the state is ([\d.,]+) kB a text", line)
+        found = re.fullmatch(rf"prompt: {speed}; text: {speed}; the state is ([\d.,]+) kB per text", line)
         lengths.append((int(found[1]), int(found[3])))
         return float(found[5])
     lengths = []
@@ -381,7 +381,10 @@ def test_a_model_with_parts_of_the_users_own_needs_its_plugin(write, refusal, mo
     write_checkpoint(Path("out"), feature_map="mine", mixers="own window")
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(maps))
     monkeypatch.setattr(model, "MIXERS", dict(mixers))
-    assert "name it with --plugin=FILE" in refusal("--prompt=abc")
+    assert refusal("--prompt=abc").count("--plugin=FILE") == 1
+    monkeypatch.setitem(model.FEATURE_MAPS, "mine", maps["elu"])
+    assert refusal("--prompt=abc").endswith("name it with --plugin=FILE\n")
+    monkeypatch.delitem(model.FEATURE_MAPS, "mine")
     assert write("--prompt=abc", "--plugin=mine.py").code == 0
     Path("broken.py").write_text("import model\nmodel.MIXER")
     assert "broken.py fails, line 2: AttributeError" in refusal("--plugin=broken.py")
