@@ -182,8 +182,8 @@ def make_model(settings):
     try:
         return LM(ModelConfig(**settings))
     except ValueError as error:                                                   # a mixer that is not here
-        raise UserError(f"the model of this checkpoint cannot be made: {error}; if that is in a file of your own, name "
-                        "it with --plugin=FILE") from None
+        hint = "" if "--plugin" in str(error) else "; if that is in a file of your own, name it with --plugin=FILE"
+        raise UserError(f"the model of this checkpoint cannot be made: {error}{hint}") from None
 
 
 def load_weights(model, checkpoint):
@@ -230,10 +230,10 @@ library_name: pytorch
 pipeline_tag: text-generation
 tags: [linear-attention]
 ---
-A linear-attention language model of {parameters:.1f} M parameters (mixers: {mixers}; feature map: {feature_map}), trained
-by LAT to step {step}, {tokens:,} tokens of the dataset `{dataset}`.
+A linear-attention language model of {parameters:.1f} M parameters (mixers: {mixers}; feature map: {feature_map}),
+trained by LAT to step {step}, {tokens:,} tokens of the dataset `{dataset}`.
 
-- Lowest validation loss: {loss} nats per token ({tokenizer} tokens, vocabulary {vocab_size:,}).
+- Lowest validation loss: {loss} nats per token (tokenizer `{tokenizer}`, vocabulary {vocab_size:,}).
 - Data: `{dataset}`; say here what it is, and under which licence.
 - Licence: the code is Apache-2.0; the licence of the weights is yours to state above.
 

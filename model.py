@@ -442,7 +442,7 @@ class ModelConfig:
     depth: int = 6                 # number of blocks
     n_heads: int = 8               # heads H of every mixer but conv; a head is dim / n_heads wide
     seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
-    mixers: str | list[str] = "linear"  # linear, window, softmax or conv, with spaces between; repeats over the depth
+    mixers: str | list[str] = "linear"  # linear, window, softmax, conv, with spaces between; repeats over the layers
     causal: bool = True            # False: every token sees the whole text (encoders; linear and softmax mixers only)
     pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
     feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS

@@ -297,7 +297,7 @@ def write(model, tokenizer, prompt, before, config, options):
     elif length:
         read = f"prompt: {length} tokens in {reading:.2f} s ({length / reading:,.0f} tokens/s)"
     print(f"\n{read}; text: {made} tokens in {writing:.1f} s ({made / writing:,.0f} tokens/s); "
-          f"the state is {state.nbytes / config.num_samples / 1e3:,.1f} kB a text", file=sys.stderr)
+          f"the state is {state.nbytes / config.num_samples / 1e3:,.1f} kB per text", file=sys.stderr)
     return state
 
 
@@ -341,8 +341,8 @@ def converse(model, tokenizer, prompt, state, config, options):
         raise UserError("standard input is closed: --interactive reads it")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        print("The model continues each line that you type; an empty line lets it go on. Ctrl-C ends an answer, Ctrl-D "
-              "the program.", file=sys.stderr)
+        print("The model continues each line that you type; an empty line lets it continue. Ctrl-C ends an answer, "
+              "Ctrl-D the program.", file=sys.stderr)
     for line in itertools.chain([prompt] if prompt else [], typed_lines(terminal)):
         new_line = "\n" if line and state.unread not in ([], [tokenizer.eot]) else ""
         with ctrl_c_noted() as noted:
