@@ -17,7 +17,7 @@ import shlex
 import zlib
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, show
 from support.dataset import clean
 from support.files import encoding_of, file_sha256, has_many_nuls, not_text
 
@@ -334,7 +334,8 @@ def parse_json(line):
 def text_of(record, field):
     """The text of a record: {"text": "Hi"} -> "Hi"; ValueError with the reason if it has none."""
     if not isinstance(record, dict) or field not in record:
-        raise ValueError(f"no field {field}")
+        names = show(", ".join(record), str) if isinstance(record, dict) else ""
+        raise ValueError(f"no field {field}" + f", only {names} (see --text_field)" * bool(names))
     if not isinstance(record[field], str):
         raise ValueError(f"{field} is not a string")
     return record[field]

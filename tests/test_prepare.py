@@ -749,7 +749,7 @@ def test_splits_of_a_dataset_that_say_validation_are_held_out(tmp_path):
     (["--dataset=d", "--data_files=one.csv", "--max_documents=3"], "belong to --hub"),
     (["--dataset=d", "--hub=someone/nothing"], "datasets cannot open someone/nothing"),
     (["--dataset=d", "--hub=one.csv", "--config=other"], "datasets cannot open one.csv"),
-    (["--dataset=d", "--hub=one.csv", "--text_field=txt", "--max_bad=1"], "no field txt")])
+    (["--dataset=d", "--hub=one.csv", "--text_field=txt", "--max_bad=1"], "no field txt, only text (see --text_field)")])
 def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path, flags, words):
     (tmp_path / "one.csv").write_text("text\na\nb\nc\n")
     (tmp_path / "ds").mkdir()
