@@ -273,6 +273,8 @@ def model_card(model, checkpoint, license="other", **_):
 
 def load_pretrained(source, device="cpu"):
     """The model in an out_dir, a checkpoint file, a folder of save_pretrained, or one of the Hugging Face hub."""
+    if os.path.basename(source) == "model.safetensors":
+        source = os.path.dirname(source) or "."
     path = Path(source)
     files = [path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()]
     if path.exists() and not path.is_dir():

@@ -244,6 +244,9 @@ def read_arguments(argv, legal, config_file):
 def meant(word, argv, legal):
     """The flag that a word without a key stands for, or "": a folder of a run, a file to read, a prompt."""
     path = Path(word)
+    preset = Path("config", f"{word}.py")
+    if "max_steps" in legal and preset.is_file():
+        return f"write {preset.as_posix()}"
     likely = {"init_from": path.suffix == ".pt", "out_dir": path.parts[:1] == ("out",) or (path / "ckpt.pt").exists(),
               "data_files": path.exists(), "file": path.is_file(), "prompt": not word.startswith("-")}
     given = {flag[2:].partition("=")[0] for flag in argv}
@@ -255,6 +258,7 @@ def unknown_key(where, key, legal, settings):
     """Why a key is none of this program's, and what to type instead: of its own keys only one that is near."""
     plain = key.replace("-", "_").lower()
     near = difflib.get_close_matches(plain, sorted(legal), 1)
+    near = near or [name for name in sorted(legal) if len(plain) > 2 and name.startswith(plain)]
     if NANOGPT.get(plain) in legal:
         near = [NANOGPT[plain]]
     texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("train.py", "model.py")]

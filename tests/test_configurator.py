@@ -170,6 +170,7 @@ def test_a_name_of_nanogpt_is_answered_with_ours_by_programs_that_have_it(typed,
 @pytest.mark.parametrize("argv, message", [
     (["config/tiny.py"], "config/tiny.py:2: dataset is a setting of train.py; to use the model that it trained: "
      "--out_dir=out/wee"),
+    (["--temp=1"], "--temp is not a known key; the nearest is temperature, and --help lists all"),
     (["--lr=1"], "--lr is a setting of train.py"), (["--warmup-steps=1"], "--warmup-steps is a setting of train.py"),
     (["out/mine"], "'out/mine' is not understood: write --out_dir=out/mine"),
     (["runs/a"], "'runs/a' is not understood: write --out_dir=runs/a"),
@@ -186,6 +187,8 @@ def test_what_newcomers_type_to_sample_is_answered_with_what_to_type(tmp_path, m
     with pytest.raises(UserError) as caught:
         configure(argv, sample.SampleConfig)
     assert str(caught.value) == message
+    with pytest.raises(UserError, match="^'tiny' is not understood: write config/tiny.py$"):
+        configure(["tiny"], train.TrainConfig)
 
 
 def test_a_file_without_a_key_is_the_text_of_programs_that_read_one(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_shared_folder_writes_the_text_of_its_checkpoint(write, refusal, monke
     again = LM.from_pretrained("shared")
     assert again.unembed.weight is again.embed.weight and again.config == lm.config != ModelConfig()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lm.parameters(), strict=True))
-    for source in ("out", "out/ckpt.pt", "shared"):
+    for source in ("out", "out/ckpt.pt", "shared", "shared/model.safetensors"):
         assert write(f"--init_from={source}", "--out_dir=none", "--prompt=abc").out == write("--prompt=abc").out
     weights = Path("shared/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
