@@ -101,6 +101,12 @@ def test_the_readme_has_at_most_250_lines_and_its_links_lead_somewhere():
                 assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
+def test_the_cpu_wheel_that_the_readme_names_is_of_the_torch_in_requirements():
+    """Of any other, make demo would fetch the build with CUDA in its place."""
+    required, = re.findall(r"^torch==[\d.]+$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert re.findall(r"torch==[\d.]*\d", README) == [required]
+
+
 def test_every_file_and_folder_has_a_place_in_the_file_table():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
