@@ -1,7 +1,7 @@
 """The paper card's model: linear attention, dim 512, depth 6, elu+1 as in
 Transformers are RNNs (Katharopoulos et al. 2020, arXiv 2006.16236).
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/base.py
 
 44.64 M parameters (18.88 M beside the embedding); a sequence's state is 0.80 MB in fp32.

@@ -1,6 +1,6 @@
 """Based (Arora et al. 2024, arXiv 2402.18668): gated convolutions, Taylor linear attention, a 64-token window.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/based.py
 
 Differs: the paper's 27 layers repeat conv, linear, window, conv, conv; six layers repeat the first three here. Its

@@ -1,6 +1,6 @@
 """DeltaNet (Yang et al. 2024, arXiv 2406.06484): the delta rule, unit keys, short convolutions.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/deltanet.py
 
 Differs: the paper has SwiGLU and AdamW; GELU and Muon are better here.

@@ -1,6 +1,6 @@
 """Gated DeltaNet (Yang et al. 2025, arXiv 2412.06464): the delta rule with a gate that forgets, and an output gate.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/gated_deltanet.py
 
 Widths as in its section 3.4: keys 0.75 dim, values 1.5 dim in all, so the mixer has 6 dim^2 parameters.

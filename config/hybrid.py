@@ -1,6 +1,6 @@
 """The best model found whose state does not grow: softmax over a window of 256 tokens, alternating with Gated DeltaNet.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/hybrid.py
 
 The window sees the near past exactly, the gated delta rule keeps the far past in a matrix, and a convolution over 4

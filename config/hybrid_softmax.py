@@ -1,6 +1,6 @@
 """Two layers of Gated DeltaNet to one of full softmax, as Qwen3-Next and Kimi Linear (arXiv 2510.26692) have three to one.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/hybrid_softmax.py
 
 The softmax layers recall exactly what the matrices of the others cannot hold, so the state grows with the text, in a

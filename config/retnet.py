@@ -1,6 +1,6 @@
 """RetNet (Sun et al. 2023, arXiv 2307.08621): linear attention with a fixed decay for each head, and a gate.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/retnet.py
 
 Values are twice as wide as keys, and the feed-forward half as wide, as in its section 3.1. Differs: rope, not xPos;

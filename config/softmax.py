@@ -1,6 +1,6 @@
 """The baseline: the base model with softmax attention (Vaswani et al. 2017, arXiv 1706.03762); nothing else differs.
 
-    python prepare.py
+    python prepare.py --shards=8
     python train.py config/softmax.py
     python train.py config/softmax.py --short_conv --out_dir=out/softmax_conv    # the stronger baseline
 
