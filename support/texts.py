@@ -56,7 +56,8 @@ def find_files(patterns):
             found.setdefault(os.path.realpath(path), path)
     for path in sorted(found.values()):
         if not path.lower().endswith(EXTENSIONS):
-            raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}")
+            raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}: plain text of "
+                            "another name can be copied to a .txt")
     base = os.path.commonpath([os.path.abspath(split_pattern(pattern)[0]) for pattern in matched])
     return sorted(found.values()), base
 
