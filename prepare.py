@@ -32,13 +32,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from configurator import UserError, command, configure, help_first, printable
+from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.advice import next_steps, usable_cores
+from support.advice import say_what_was_made, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
 from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
@@ -254,7 +252,6 @@ def hub_sources(config):
 def start_worker(config, options, progress):
     global CONFIG, OPTIONS, TOKENIZER, PROGRESS
     CONFIG, OPTIONS, TOKENIZER, PROGRESS = config, options, load_tokenizer(options["tokenizer"]), progress
-    tqdm.set_lock(threading.RLock())  # datasets' bars would make one of all processes, which a killed worker leaks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -431,26 +428,17 @@ def changed(folder, source):
 
 
 def encode_all(config, options, sources):
-    """encode_source for all sources in worker processes, with one progress bar over the bytes of all."""
+    """encode_source for all sources, in worker processes."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
     progress = spawn.RawArray("q", 1 + 2 * len(sources))  # a stop flag, then cells with one writer each: no lock
     workers = min(len(sources), config.processes or usable_cores())
     if config.max_documents:  # each shard takes what those before it left
         workers = 1
-    bar = tqdm(total=sum(source.size for source in sources) or None, desc=config.dataset, unit="B", unit_scale=True,
-               delay=1, mininterval=0.5 if sys.stderr.isatty() else 30)
-    with bar, futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
-        start, waiting = time.monotonic(), ()
+    with futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
+        tasks = []
         try:
-            waiting = {pool.submit(encode_source, *task) for task in enumerate(sources)}
-            while waiting:
-                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
-                tokens = sum(progress[2::2])
-                rate = f"{tokens / 1e6:,.1f}M tokens, {tokens / (time.monotonic() - start):,.0f} tokens/s"
-                bar.set_postfix_str(rate, refresh=False)
-                bar.update(sum(progress[1::2]) - bar.n)
-                for future in done:
-                    future.result()
+            tasks += [pool.submit(encode_source, index, source) for index, source in enumerate(sources)]
+            watch(tasks, progress, config.dataset, sum(source.size for source in sources))
         except futures.process.BrokenProcessPool:
             raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the "
                             "same command continues where this one stopped") from None
@@ -458,7 +446,7 @@ def encode_all(config, options, sources):
             progress[0] = True  # who is at work stops, and leaves nothing half-written
             manager = getattr(pool, "_executor_manager_thread", None)
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in waiting):
+            while not all(task.done() for task in tasks):
                 time.sleep(0.01)
             for worker in multiprocessing.active_children():  # idle; one killed while it waited would hang the rest
                 worker.kill()
@@ -466,27 +454,21 @@ def encode_all(config, options, sources):
                 manager.join(timeout=10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is said at the end.
-
-def say_what_was_made(config, manifest, sources):
-    entries = manifest["files"].values()
-    train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
-    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
-          f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify)
-    held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
-    if held:
-        print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
-    elif any(source.stem.startswith("both-") for source in sources):
-        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
-              + ": no name says val" * bool(config.data_files))
-    for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
-                         ("repaired", "texts with invalid characters, now U+FFFD")):
-        if count := sum(entry.get(key, 0) for entry in entries):
-            print(f"  {count:,} {meaning}")
-    for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
-        print(f"  {printable(example)}")
-    print(next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val))
+def watch(tasks, progress, name, size):
+    """Waits for the tasks behind one progress bar over the bytes of all, or raises the error of one that fails."""
+    from tqdm import tqdm  # imported here, it costs no time: the workers start meanwhile
+    start = time.monotonic()
+    with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, delay=1,
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        waiting = tasks
+        while waiting:
+            done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+            tokens = sum(progress[2::2])
+            rate = f"{tokens / 1e6:,.1f}M tokens, {tokens / (time.monotonic() - start):,.0f} tokens/s"
+            bar.set_postfix_str(rate, refresh=False)
+            bar.update(sum(progress[1::2]) - bar.n)
+            for task in done:
+                task.result()
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import threading
 import zlib
 from pathlib import Path
 
@@ -370,6 +371,8 @@ def import_datasets():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import datasets
     import datasets.utils.file_utils
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock())  # its bars would make one of all processes, which a killed worker leaks
     datasets.logging.set_verbosity_error()
     return datasets
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm
 from hypothesis import given, settings, strategies as st
 
 import prepare
@@ -841,12 +842,12 @@ def test_small_texts_get_byte_tokens_and_what_is_there_keeps_its_own(tmp_path, g
 
 
 def test_the_bar_ends_with_the_bytes_and_tokens_of_all(tmp_path, monkeypatch):
-    class Bar(prepare.tqdm):
+    class Bar(tqdm.tqdm):
         def set_postfix_str(self, text, refresh=True):
             said.append((self, text))
     said = []
     write_jsonl(tmp_path / "a.jsonl", ["text " * 1000] * 400)
-    monkeypatch.setattr(prepare, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
     monkeypatch.chdir(tmp_path)
     prepare.main(["--dataset=d", "--data_files=a.jsonl", "--tokenizer=bytes"])
     bar, text = said[-1]
