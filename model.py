@@ -43,10 +43,11 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 # Fast versions of what stands below, none of them needed. Before torch, since support sets torch's threads.
 from support import kernels, speedups
+from support.checks import check_config, check_shapes, require
 
 import torch
 import torch.nn as nn
@@ -263,19 +264,6 @@ def linear_attention_bidirectional(q, k, v, log_decay=None, beta=None, state=Non
     return y.to(dtype), S
 
 
-def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
-    """ValueError that names the argument which does not fit q."""
-    require(q.dim() == 4 and 0 not in q.shape, f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
-    require(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
-    B, H, T, K = q.shape
-    V = v.shape[-1]
-    wanted = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, V)), "log_decay": (log_decay, (B, H, T)),
-              "beta": (beta, (B, H, T)), "state": (state, (B, H, K, V))}
-    for name, (x, shape) in wanted.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
-
-
 def widened(q, k, v, log_decay, beta, state):
     """[q, k, v, g, S], or with beta [q, k, v, g, b, S], in fp32 or wider: sums in bf16 stall at 256 + 1 = 256."""
     B, H, T, K = q.shape
@@ -291,11 +279,6 @@ def widened(q, k, v, log_decay, beta, state):
 def pad_time(x, count):
     """x (B,H,T) or (B,H,T,.) followed by `count` tokens of zeros: they write nothing, and nothing decays."""
     return F.pad(x, (0, 0) * (x.dim() - 3) + (0, count)) if count else x
-
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,7 +449,7 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.mixers, str):
             self.mixers = self.mixers.replace(",", " ").split()
-        check_config(self)                                            # at the end of this file
+        check_config(self, MIXERS, FEATURE_MAPS)
 
     @property
     def head_dim(self):
@@ -908,56 +891,3 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def state_bytes(state):
     """Bytes of all tensors of a state."""
     return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a configuration may be
-
-
-def check_config(config):
-    """ValueError, with one sentence that says what to set, for a configuration that makes no model."""
-    kinds = get_type_hints(ModelConfig) | {"feature_map": Literal[tuple(FEATURE_MAPS)]}
-    for name, kind in kinds.items():
-        if get_origin(kind) is Literal:
-            value, legal = getattr(config, name), get_args(kind)
-            hint = " (one of your own needs --plugin=FILE)" if name == "feature_map" else ""
-            require(value in legal, f"{name} must be {' or '.join(legal)}, got {value!r}{hint}")
-    least = dict.fromkeys(("vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window"), 1)
-    least |= {"mlp_ratio": 0, "dropout": 0, "feature_dim": 0}
-    for name, low in least.items():
-        value = getattr(config, name)
-        require(value >= low, f"{name} must be at least {low}, got {value}")
-    require(config.mixers and all(mixer in MIXERS for mixer in config.mixers),
-            f"mixers must be a pattern of {', '.join(MIXERS)}, got {' '.join(config.mixers) or 'nothing'!r}")
-    require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
-    require(config.dim % config.n_heads == 0, f"dim={config.dim} must be a multiple of n_heads={config.n_heads}")
-    require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: above 2 the "
-            "state of a delta rule diverges")
-    require(config.value_dim >= 1, f"expand_v={config.expand_v} leaves v no width")
-    if config.pos == "rope":
-        turned = [mixer for mixer in config.mixers if mixer != "conv"]
-        widths = {config.key_dim if mixer == "linear" else config.head_dim for mixer in turned}
-        require(all(width % 2 == 0 for width in widths),
-                f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(widths)}")
-    if "linear" in config.mixers:
-        check_linear(config)
-    if not config.causal:
-        ordered = {"window", "conv"} & {*config.mixers} or config.short_conv
-        if "linear" in config.mixers:
-            ordered = ordered or config.delta or config.decay != "none"
-        require(not ordered, "causal=False has no order in time: it needs plain linear or softmax mixers")
-
-
-def check_linear(config):
-    name, phi = config.feature_map, FEATURE_MAPS[config.feature_map]
-    if config.normaliser == "sum":
-        require(phi.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or negative: "
-                "take normaliser=rms, or feature_map elu or taylor")
-        require(not (phi.can_vanish and config.pos == "rope"), f"feature_map={name} can make all weights zero, and "
-                "pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
-        require(not config.delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms")
-    if config.pos == "rope" and not phi.rotate_first:
-        width = phi.phi(torch.zeros(1, config.key_dim)).shape[-1]
-        require(width == config.key_dim, f"feature_map={name} makes {width} features of {config.key_dim}, and pos=rope "
-                "turns them in the width of a head: give it rotate_first=True, or take pos=none")
-    require(phi.unit or not config.delta, "delta=True diverges unless keys have length 1: take feature_map=silu_l2")

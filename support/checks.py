@@ -1,0 +1,81 @@
+"""What model.py refuses: a configuration that makes no model, arguments that do not fit each other. Each is a ValueError
+with one sentence that says what is wrong and what to set."""
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+AT_LEAST = {"vocab_size": 1, "dim": 1, "depth": 1, "n_heads": 1, "seq_len": 1, "chunk_size": 1, "window": 1,
+            "feature_dim": 0, "mlp_ratio": 0, "dropout": 0}
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
+    """The arguments of linear_attention_chunked. The sentence names the one that does not fit q."""
+    require(q.dim() == 4 and 0 not in q.shape, f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
+    require(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
+    B, H, T, K = q.shape
+    V = v.shape[-1]
+    wanted = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, V)), "log_decay": (log_decay, (B, H, T)),
+              "beta": (beta, (B, H, T)), "state": (state, (B, H, K, V))}
+    for name, (x, shape) in wanted.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
+
+
+def check_config(config, mixers, feature_maps):
+    """A ModelConfig, with the MIXERS and FEATURE_MAPS that there are."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            check_choice(name, getattr(config, name), get_args(kind))
+    check_choice("feature_map", config.feature_map, feature_maps, " (one of your own needs --plugin=FILE)")
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        require(value >= least, f"{name} must be at least {least}, got {value}")
+    require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
+    require(config.mixers and {*config.mixers} <= {*mixers},
+            f"mixers must be a pattern of {', '.join(mixers)}, got {' '.join(config.mixers) or 'nothing'!r}")
+    require(config.dim % config.n_heads == 0, f"dim={config.dim} must be a multiple of n_heads={config.n_heads}")
+    require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: above 2 the "
+            "state of a delta rule diverges")
+    require(config.value_dim >= 1, f"expand_v={config.expand_v} leaves v no width")
+    if config.pos == "rope":
+        widths = {config.key_dim if mixer == "linear" else config.head_dim
+                  for mixer in config.mixers if mixer != "conv"}
+        require(all(width % 2 == 0 for width in widths),
+                f"pos=rope turns pairs of features, so heads must be an even number wide, not {sorted(widths)}")
+    if "linear" in config.mixers:
+        check_linear(config, feature_maps[config.feature_map])
+    if not config.causal:
+        check_without_order(config)
+
+
+def check_choice(name, value, legal, hint=""):
+    require(value in legal, f"{name} must be {' or '.join(legal)}, got {value!r}{hint}")
+
+
+def check_linear(config, feature_map):
+    name = config.feature_map
+    if config.normaliser == "sum":
+        require(feature_map.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
+                "negative: take normaliser=rms, or feature_map elu or taylor")
+        require(not (feature_map.can_vanish and config.pos == "rope"), f"feature_map={name} can make all weights zero, "
+                "and pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
+        require(not config.delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms")
+    if config.pos == "rope" and not feature_map.rotate_first:
+        width = feature_map.phi(torch.zeros(1, config.key_dim)).shape[-1]
+        require(width == config.key_dim, f"feature_map={name} makes {width} features of {config.key_dim}, and pos=rope "
+                "turns them in the width of a head: give it rotate_first=True, or take pos=none")
+    require(feature_map.unit or not config.delta,
+            "delta=True diverges unless keys have length 1: take feature_map=silu_l2")
+
+
+def check_without_order(config):
+    """causal=False: every token sees all, so nothing may depend on which came first."""
+    ordered = {"window", "conv"} & {*config.mixers} or config.short_conv
+    if "linear" in config.mixers:
+        ordered = ordered or config.delta or config.decay != "none"
+    require(not ordered, "causal=False has no order in time: it needs plain linear or softmax mixers")
