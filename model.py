@@ -103,18 +103,14 @@ def recurrent(q, k, v, g, S):
     return torch.stack(ys, dim=2), S
 
 
-def chunked(q, k, v, g, S, chunk_size, scores=None):
-    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size.
-
-    scores(q, k), where given, is a cheaper way to get q k^T: the taylor map has one.
-    """
+def chunked(q, k, v, g, S, chunk_size):
+    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size."""
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
 
     # 2. In each chunk: what its queries read of it, and what it adds to the state.
-    qk = scores(q, k) if scores else q @ k.mT
-    inside = (qk * decay) @ v                                         # (B,H,N,C,V)
+    inside = (q @ k.mT * decay) @ v                                   # (B,H,N,C,V)
     added = (k * until_end).mT @ v                                    # (B,H,N,K,V)
     kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before it
 
@@ -231,10 +227,10 @@ def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
     return y.to(q.dtype), S
 
 
-def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64, scores=None):
+def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64):
     """Linear attention in chunks: O(T chunk_size) in matrix products, in Triton where that is available.
 
-    Args: as of linear_attention_quadratic; chunk_size; scores, as of `chunked`.
+    Arguments as of linear_attention_quadratic.
     In Triton, products run in bf16 for bf16 inputs, in tf32 for fp16, and for fp32 as three tf32 products (error 1e-6).
     """
     check_shapes(q, k, v, log_decay, beta, state, chunk_size)
@@ -246,7 +242,7 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
-            y, S = chunked(*tokens, S, chunk_size, scores)
+            y, S = chunked(*tokens, S, chunk_size)
         else:
             y, S = delta_chunked(*tokens, S, chunk_size)
     return y[:, :, :T].to(q.dtype), S
@@ -318,7 +314,6 @@ class FeatureMap:
     can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and the rotated one not: refused with rope
     unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
     rotate_first: bool = False   # rope turns q and k before phi, not after: where K != d, or phi is made for q . k
-    scores: Callable | None = None  # (phi(q), phi(k)) -> phi(q) phi(k)^T, cheaper than the product
 
     def pairs(self, q, k, rope):
         """q, k (B,H,T,d) before phi -> q, k for the numerator, with rope, and q_den, k_den for the denominator, without
@@ -358,19 +353,12 @@ def taylor(x):
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weight], dim=-1)
 
 
-def taylor_scores(q, k):
-    """1 + s + s^2 / 2, where s is the product of the linear features: d columns instead of all."""
-    d = math.isqrt(2 * q.shape[-1]) - 1                               # K = (d + 1) (d + 2) / 2
-    s = q[..., 1:d + 1] @ k[..., 1:d + 1].mT
-    return 1 + s + s * s / 2
-
-
 FEATURE_MAPS = {
     "elu": FeatureMap(elu, positive=True),
     "relu": FeatureMap(F.relu, positive=True, can_vanish=True),
     "identity": FeatureMap(lambda x: x),                              # [3]
     "silu_l2": FeatureMap(silu_l2, unit=True),                        # [5, 6]
-    "taylor": FeatureMap(taylor, positive=True, rotate_first=True, scores=taylor_scores),
+    "taylor": FeatureMap(taylor, positive=True, rotate_first=True),
 }
 
 
@@ -378,7 +366,7 @@ FEATURE_MAPS = {
 # The sum normaliser
 
 
-def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk_size=64, scores=None):
+def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **options):
     """Linear attention divided by the sum of its weights, as a softmax is [1, Eq. 12]:
 
         y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
@@ -390,11 +378,8 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk
     Args: form, one of the above, with its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the column
       of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    options = {}
-    if form is linear_attention_chunked:
-        if kernels.available(q, v):
-            return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, chunk_size)
-        options = {"chunk_size": chunk_size, "scores": scores}
+    if form is linear_attention_chunked and kernels.available(q, v):
+        return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
     # The forms return q.dtype: widen first, so that the division is in fp32.
     dtype = q.dtype
     one_pair = q is q_den and k is k_den
@@ -519,7 +504,6 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.config = config
         self.map = FEATURE_MAPS[config.feature_map]
-        self.options = {"chunk_size": config.chunk_size, "scores": self.map.scores}
         self.widths = [config.n_heads * width for width in (config.key_dim, config.key_dim, config.value_dim)]
         self.qkv = Projection(config.dim, *self.widths)
         self.out = Projection(self.widths[2], config.dim)
@@ -531,15 +515,18 @@ class LinearAttention(nn.Module):
         y, S = speedups.checkpointed(self.attend, q, k, v, S, ropes.get(q.shape[-1]))
         return self.out(merge_heads(y)), (None, S)
 
-    def attend(self, q, k, v, S, rope):
+    def attend(self, q, k, v, S, rope, log_decay=None):
         q, k, q_den, k_den = self.map.pairs(q, k, rope)
-        return normalised(self.form(q), q, k, v, q_den, k_den, state=S, **self.options)
+        form, options = self.form(q)
+        return normalised(form, q, k, v, q_den, k_den, log_decay, S, **options)
 
     def form(self, q):
-        """The form that suits q (B,H,T,K)."""
+        """The form that suits q (B,H,T,K), and its options."""
         if not self.config.causal:
-            return linear_attention_bidirectional
-        return linear_attention_recurrent if q.shape[2] == 1 else linear_attention_chunked
+            return linear_attention_bidirectional, {}
+        if q.shape[2] == 1:
+            return linear_attention_recurrent, {}
+        return linear_attention_chunked, {"chunk_size": self.config.chunk_size}
 
 
 class ExtendedLinearAttention(LinearAttention):
@@ -586,13 +573,11 @@ class ExtendedLinearAttention(LinearAttention):
         return self.out(y), (conv_state, S)
 
     def attend(self, q, k, v, S, rope, log_decay, beta):
-        q, k, q_den, k_den = self.map.pairs(q, k, rope)
-        form = self.form(q)
         if self.config.normaliser == "sum":
-            return normalised(form, q, k, v, q_den, k_den, log_decay, S, **self.options)
-        if form is linear_attention_chunked:
-            return form(q, k, v, log_decay, beta, S, **self.options)
-        return form(q, k, v, log_decay, beta, S)
+            return super().attend(q, k, v, S, rope, log_decay)
+        q, k, _, _ = self.map.pairs(q, k, rope)
+        form, options = self.form(q)
+        return form(q, k, v, log_decay, beta, S, **options)
 
     def log_decay(self, x):
         """(B,T,D) -> (B,H,T), or None. In fp32 or wider: bf16 cannot tell decays near 1 from 1."""

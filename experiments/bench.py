@@ -206,7 +206,7 @@ def attention(q, k, v, log_decay=None, beta=None, feature_map="elu", normalise=F
     phi = FEATURE_MAPS[feature_map]
     q, k, *_ = phi.pairs(q, k, None)
     if normalise:
-        return normalised(linear_attention_chunked, q, k, v, q, k, scores=phi.scores)[0]
+        return normalised(linear_attention_chunked, q, k, v, q, k)[0]
     return linear_attention_chunked(q, k, v, log_decay, beta)[0]
 
 
