@@ -77,7 +77,8 @@ def decays(g):
     G = g.masked_fill(is_reset, 0).cumsum(-1)
     token = torch.arange(g.shape[-1], device=g.device)
     last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
-    i, j = token[:, None], token
+    i = token[:, None]
+    j = token
     masked = (j > i) | (j < last_reset[..., None])
     # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
     decay = (G[..., :, None] - G[..., None, :]).masked_fill(masked, -math.inf).exp()
@@ -183,7 +184,8 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
     k_end = (k * until_end).mT                                        # (B,H,N,K,C)
     kept = since_start[..., -1:, :]                                   # (B,H,N,1,1)
-    starts, writes = [], []
+    starts = []
+    writes = []
     for own_n, seen_n, k_end_n, kept_n in zip(*unbind(own, seen, k_end, kept)):
         u = own_n - seen_n @ S
         starts.append(S)
@@ -268,8 +270,10 @@ def widened(q, k, v, log_decay, beta, state):
         log_decay = q.new_zeros(1, 1, T)                              # no decay: exp(0) = 1, broadcast over B and H
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1])
-    arguments = [q, k, v, log_decay, state] if beta is None else [q, k, v, log_decay, beta, state]
-    return [x.to(wide) for x in arguments]
+    tokens = [q, k, v, log_decay]
+    if beta is not None:
+        tokens.append(beta)
+    return [x.to(wide) for x in (*tokens, state)]
 
 
 def pad_time(x, count):
@@ -313,16 +317,22 @@ class FeatureMap:
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
     can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and the rotated one not: refused with rope
     unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
-    rotate_first: bool = False   # rope turns q and k before phi, not after: where K != d, or phi is made for q . k
+    rotate_first: bool = False   # rope turns q and k before phi, as in a softmax; needed where K != d
 
     def pairs(self, q, k, rope):
-        """q, k (B,H,T,d) before phi -> q, k for the numerator, with rope, and q_den, k_den for the denominator, without
-        (rotate_first: both with it)."""
+        """phi and rope of q, k (B,H,T,d): q, k for the numerator and q_den, k_den for the denominator.
+
+        Rope turns features as it turns the q and k of a softmax: the product of two then depends on t - j, and S just
+        gets other keys. Only the numerator is turned, since turned features can have negative products. With
+        rotate_first phi comes last and makes all products positive, so both pairs are the same.
+        """
         if self.rotate_first:
-            q, k = self.features(rotate(q, rope)), self.features(rotate(k, rope))
+            q = self.features(rotate(q, rope))
+            k = self.features(rotate(k, rope))
             return q, k, q, k
-        q, k = self.features(q), self.features(k)
-        return rotate(q, rope), rotate(k, rope), q, k
+        q_den = self.features(q)
+        k_den = self.features(k)
+        return rotate(q_den, rope), rotate(k_den, rope), q_den, k_den
 
     def features(self, x):
         """phi, cast back: autocast returns fp32 from exp and norms, and the kernels would then multiply in fp32."""
@@ -350,7 +360,8 @@ def taylor(x):
     x = x * d ** -0.25
     i, j = torch.triu_indices(d, d, device=x.device)
     weight = (0.5 + 0.5 * (i != j).to(x.dtype)).sqrt()
-    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weight], dim=-1)
+    quadratic = x[..., i] * x[..., j] * weight
+    return torch.cat([torch.ones_like(x[..., :1]), x, quadratic], dim=-1)
 
 
 FEATURE_MAPS = {
@@ -371,12 +382,11 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
 
         y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
 
-    The denominator is what the same form returns when every value is 1. With rope the numerator uses rotated features,
-    so its weights depend on t - j, and may be negative. The denominator uses the features as they were before rope, so
-    that it stays positive; the weights then need not sum to 1 [7, Eq. 19]. Without rope q_den is q, and k_den is k.
+    The denominator is what the same form returns when every value is 1. Without rope q_den is q, and k_den is k. With
+    rope they are the features before it, so that the sum stays positive; the weights then need not sum to 1 [7, Eq. 19].
 
-    Args: form, one of the above, with its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the column
-      of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
+    Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the
+      column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
@@ -390,7 +400,9 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
         y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
         y, denominator = y.split([V, 1], dim=-1)
     else:
-        S, Z = (None, None) if state is None else state.split([V, 1], dim=-1)
+        S = Z = None
+        if state is not None:
+            S, Z = state.split([V, 1], dim=-1)
         y, S = form(q, k, v, log_decay, state=S, **options)
         denominator, Z = form(q_den, k_den, ones, log_decay, state=Z, **options)
         state = torch.cat([S, Z], dim=-1)
@@ -481,12 +493,15 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-size ** -0.5, size ** -0.5))
+        bound = size ** -0.5
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-bound, bound))
 
     def forward(self, x, state):                                      # x (B,T,channels)
         T = x.shape[1]
         past = len(self.weight) - 1
-        x = F.pad(x, (0, 0, past, 0)) if state is None else torch.cat([state, x], dim=1)
+        if state is None:
+            state = x.new_zeros(x.shape[0], past, x.shape[2])
+        x = torch.cat([state, x], dim=1)                              # (B,past+T,channels)
         if x.is_cpu and T > 1:
             y = speedups.causal_conv(x, self.weight)                  # the sum below, in one pass
         else:
@@ -584,7 +599,8 @@ class ExtendedLinearAttention(LinearAttention):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.config.decay == "fixed":                              # gamma = 1 - 2^(-5-h) [3, Eq. 8]
             h = torch.arange(self.config.n_heads, device=x.device, dtype=wide)
-            return torch.log1p(-2.0 ** (-5 - h))[:, None].expand(x.shape[0], -1, x.shape[1])
+            log_gamma = torch.log1p(-2.0 ** (-5 - h))
+            return log_gamma[:, None].expand(x.shape[0], -1, x.shape[1])
         if self.config.decay == "gated":                              # g = -A softplus(x W + bias) [6, 8]
             step = F.softplus(self.decay(x).to(wide) + self.decay_bias)
             return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
@@ -607,11 +623,11 @@ def linear_mixer(config):
 def naive_softmax_attention(q, k, v, causal=True, window=None):
     """Softmax attention of q (B,H,T,d), the last T tokens, over k and v (B,H,past+T,d): all, or the last `window`."""
     length = k.shape[2]
-    past = length - q.shape[2]
-    age = torch.arange(past, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    token = torch.arange(length, device=q.device)
+    age = token[-q.shape[2]:, None] - token                           # (T,past+T), of each key for each query
     masked = (causal & (age < 0)) | (age >= (window or length))
-    weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(masked, -math.inf).softmax(-1)
-    return weights @ v
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(masked, -math.inf).softmax(-1) @ v
 
 
 def softmax_attention(q, k, v, causal=True, window=None):
