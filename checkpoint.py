@@ -189,8 +189,8 @@ def make_model(settings):
 def load_weights(model, checkpoint):
     weights = checkpoint["model"]
     if any(name.endswith(".mixer.both.weight") for name in weights):
-        raise UserError("the checkpoint has `conv` layers of an earlier version, which model.py no longer has (they are "
-                        "now as published): train it again")
+        raise UserError("the checkpoint has `conv` layers of an earlier version, which model.py no longer has (they "
+                        "are now as published): train it again")
     for name, weight in model.state_dict().items():
         if name.endswith(".mixer.conv.weight") and name not in weights:
             # Softmax and window layers had no convolution whatever short_conv said: this one changes nothing.
@@ -334,7 +334,7 @@ def checkpoint_in(out_dir):
 
 
 def open_model(source, device="auto", precision="auto"):
-    """The model that `source` names, ready to be read from, and its tokenizer. inference(model) runs it as fast as it can.
+    """The model that `source` names, ready to be read from, and its tokenizer. inference(model) makes it fast.
 
     Args: source, an out_dir, a checkpoint file, a folder of save_pretrained, or an id of the Hugging Face hub.
     Raises: UserError for no such model, another tokenizer than here, or weights that are not numbers.

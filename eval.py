@@ -164,7 +164,7 @@ def write(model, tokenizer, given, options):
     most = 256 if limit is None else limit
     if model.config.pos == "learned":
         end = model.config.seq_len
-        if limit is None or limit >= end:                                         # the prompt keeps half of the positions
+        if limit is None or limit >= end:                                         # the prompt keeps half of them
             most = min(most, max(end - len(prompt), end // 2))
         prompt = prompt[-max(1, end - most):]
     idx = torch.tensor([prompt], device=model.embed.weight.device)

@@ -383,7 +383,7 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
         y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
 
     The denominator is what the same form returns when every value is 1. Without rope q_den is q, and k_den is k. With
-    rope they are the features before it, so that the sum stays positive; the weights then need not sum to 1 [7, Eq. 19].
+    rope they are the features before it, so that the sum stays positive; the weights need not sum to 1 [7, Eq. 19].
 
     Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the
       column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.

@@ -43,7 +43,9 @@ from support.shards import Bin, check_disk, hash_limit, list_records, read_recor
 from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
                            read_hub, split_tail, unreadable, valid)
 
-C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
+C4 = "allenai/c4"  # the repository on the hub, and how many files its splits have
+C4_TRAIN = 1024
+C4_VAL = 8
 GROUP = 1 << 26  # files share a .bin until they are so many bytes: it should be much longer than a context
 SMALL = 1 << 24  # so few bytes of text are for the byte tokenizer
 
@@ -251,7 +253,10 @@ def hub_sources(config):
 
 def start_worker(config, options, progress):
     global CONFIG, OPTIONS, TOKENIZER, PROGRESS
-    CONFIG, OPTIONS, TOKENIZER, PROGRESS = config, options, load_tokenizer(options["tokenizer"]), progress
+    CONFIG = config
+    OPTIONS = options
+    TOKENIZER = load_tokenizer(options["tokenizer"])
+    PROGRESS = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
     threading.Thread(target=end_with_parent, daemon=True).start()
 

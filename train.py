@@ -396,8 +396,8 @@ def main():
         if config.eval_only:
             evaluate_only(config, model_config, checkpoint, data, device)
         elif checkpoint and is_finished(config, checkpoint["step"]):
-            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
-                "--max_steps continues it, another --out_dir starts another run, --resume=false starts over")
+            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a "
+                "larger --max_steps continues it, another --out_dir starts another run, --resume=false starts over")
             if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
                 plot_losses(Path(config.out_dir))
         else:

@@ -185,8 +185,9 @@ def parse_arm(text, passed, taken, rates):
             raise UserError(f"{text}: with {key}={getattr(train, key)} trainings are not equal: leave it out")
     if not model.causal:
         raise UserError(f"{text}: causal=False sees the token it should predict")
-    return Arm(",".join([Path(file).stem, *settings]).replace("/", "_"), arguments,
-               rates or sorted({train.lr / 2, train.lr}), train, model)
+    name = ",".join([Path(file).stem, *settings]).replace("/", "_")
+    rates = rates or sorted({train.lr / 2, train.lr})
+    return Arm(name, arguments, rates, train, model)
 
 
 def check(arms, config):
@@ -201,7 +202,7 @@ def check(arms, config):
         data.give_vocabulary(arm.model)
         check_folders(arm, config.out_dir, data.fingerprint)
     text = Text(data, config.longer * settings["seq_len"], settings["eval_tokens"], device)
-    epochs = settings["tokens"] / (Windows(data.train, settings["seq_len"], seed=0).total * settings["seq_len"])
+    epochs = settings["tokens"] / Windows(data.train, settings["seq_len"], seed=0).tokens
     if epochs > 1:
         say(f"warning: a training is {epochs:.3g} epochs: the loss that picks the lr is on text seen before")
     sizes = {arm.parameters(): arm.name for arm in arms}
@@ -245,7 +246,9 @@ class Training:
     """One run of train.py: its command, its folder, and how it goes."""
 
     def __init__(self, arm, lr, seed, config, number=0):
-        self.arm, self.lr, self.seed = arm, lr, seed
+        self.arm = arm
+        self.lr = lr
+        self.seed = seed
         self.folder = Path(config.out_dir, arm.name, f"lr{lr!r}-seed{seed}")
         self.command = [sys.executable, str(PROGRAM), *arm.arguments, f"--lr={lr!r}", f"--seed={seed}",
                         f"--out_dir={self.folder}"]
@@ -269,20 +272,27 @@ class Training:
 
     def diverged(self):
         """Did this command end so? It would again."""
-        return self.marker.exists() and self.marker.read_text() == shlex.join(self.command[2:-1])
+        return self.marker.exists() and self.marker.read_text() == self.own_arguments()
+
+    def own_arguments(self):
+        return shlex.join(self.command[2:-1])                                     # without the folder
 
     def loss(self):
         """Mean training loss over the last tenth of the logged steps; infinite where it is no number."""
         losses = [record["loss"] for record in self.regular_records()]
         last = losses[-math.ceil(len(losses) / 10):]
-        return math.inf if self.diverged() or not last or None in last else statistics.mean(last)
+        if self.diverged() or not last or None in last:
+            return math.inf
+        return statistics.mean(last)
 
     def loss_at(self, seconds, tokens_per_s):
         """The same over the last tenth of this time; None where nothing was logged in it."""
         seconds_per_step = self.arm.tokens_per_step() / tokens_per_s
         times = [(record["step"] * seconds_per_step, record["loss"]) for record in self.regular_records()]
         last = [loss for time_of_step, loss in times if 0.9 * seconds < time_of_step <= 1.0001 * seconds]
-        return statistics.mean(last) if last and None not in last else None
+        if not last or None in last:
+            return None
+        return statistics.mean(last)
 
     def run(self, slots, stopped, cache):
         """To its end, in one of the slots. Where another process is at it, by hand or from a killed compare.py, when
@@ -292,14 +302,15 @@ class Training:
             with slots.take(self.priority) as gpu:
                 if self.diverged():                                               # meanwhile, in another compare.py
                     break
-                code, last = self.call(stopped, gpu, max(1, torch.get_num_threads() // slots.count), cache)
+                threads = max(1, torch.get_num_threads() // slots.count)
+                code, last = self.call(stopped, gpu, threads, cache)
             if code == BUSY:
                 told or say(f"{self.folder}: another train.py is at work there, and is waited for")
                 told = True
                 stopped.wait(PAUSE)
             elif code == Diverged.code:
                 with replacing(self.marker) as temporary:
-                    temporary.write_text(shlex.join(self.command[2:-1]))
+                    temporary.write_text(self.own_arguments())
             elif code:
                 raise UserError(f"{self.folder}/log.txt ends, with exit code {code}: {last}")
             else:
@@ -396,7 +407,9 @@ def train_all(arms, config, text):
     A training has a thread, which waits for a slot, then for train.py; so has a sweep, which waits for its trainings.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)                     # ends the trainings, as Ctrl-C does
-    slots, stopped, known = Slots(visible_gpus(text.device), config.jobs), threading.Event(), []
+    slots = Slots(visible_gpus(text.device), config.jobs)
+    stopped = threading.Event()
+    known = []
     cache = Path(config.out_dir, "inductor").absolute()
 
     def train(arm, runs):
@@ -404,7 +417,8 @@ def train_all(arms, config, text):
         known.extend(trainings)
         for training in trainings:
             training.forget_other_losses(text)
-        for task in futures.as_completed([pool.submit(training.run, slots, stopped, cache) for training in trainings]):
+        tasks = [pool.submit(training.run, slots, stopped, cache) for training in trainings]
+        for task in futures.as_completed(tasks):
             task.result()
         return trainings
 
@@ -428,7 +442,8 @@ def train_all(arms, config, text):
                     task.result()
                 evaluate_ended()
                 extra = sum(t.arm.train.max_steps for t in known if t.seed == 1 and t.lr not in t.arm.rates)
-                bar.total, bar.initial = planned + extra, sum(t.found for t in known)
+                bar.total = planned + extra
+                bar.initial = sum(t.found for t in known)
                 done = sum(t.seen for t in known)
                 bar.update(done - bar.n)
                 if bar.disable:
@@ -436,12 +451,20 @@ def train_all(arms, config, text):
         finally:
             stopped.set()
     evaluate_ended()
+    complete = all(task.done() and not task.cancelled() and not task.exception() for task in sweeps)
+    return by_arm(arms, known), complete
+
+
+def by_arm(arms, trainings):
+    """{arm's name: (its ended trainings for tuning, those to report)}, ordered by learning rate and seed."""
     found = {}
     for arm in arms:
-        ended = sorted((t for t in known if t.arm is arm and t.ended), key=lambda t: (t.lr, t.seed))
-        found[arm.name] = [t for t in ended if not t.is_reported()], [t for t in ended if t.is_reported()]
-    complete = all(task.done() and not task.cancelled() and not task.exception() for task in sweeps)
-    return found, complete
+        ended = [training for training in trainings if training.arm is arm and training.ended]
+        ended.sort(key=lambda training: (training.lr, training.seed))
+        tuning = [training for training in ended if not training.is_reported()]
+        reported = [training for training in ended if training.is_reported()]
+        found[arm.name] = tuning, reported
+    return found
 
 
 class Clock:
@@ -471,13 +494,16 @@ class Text:
     """The windows of validation text that are read: of each source of it equally many."""
 
     def __init__(self, data, length, tokens, device):
-        self.length, self.device = length, device
+        self.length = length
+        self.device = device
         files = {}                                                                # {source: its files}
         for file in data.val:
-            files.setdefault(data.manifest["files"][file.path.name]["source"], []).append(file)
-        long_enough = {name: some for name, some in files.items() if sum(map(len, some)) > length}
+            entry = data.manifest["files"][file.path.name]
+            files.setdefault(entry["source"], []).append(file)
+        sizes = {name: sum(map(len, some)) for name, some in files.items()}
+        long_enough = {name: some for name, some in files.items() if sizes[name] > length}
         if not long_enough:
-            longest = max(sum(map(len, some)) for some in files.values())
+            longest = max(sizes.values())
             raise UserError(f"the report reads windows of --longer times seq_len, {length} tokens, and the longest "
                             f"validation text has {longest}: take a smaller --longer")
         if short := files.keys() - long_enough.keys():
@@ -494,12 +520,14 @@ class Text:
 @torch.no_grad()
 def losses_by_position(model, x, y, piece):
     """Cross-entropy (B,T) of each token of y after all of x up to it: in pieces that carry the state, in fp32."""
-    state, losses = None, []
+    state = None
+    losses = []
     for tokens, targets in zip(x.split(piece, dim=1), y.split(piece, dim=1)):
         hidden, state = model.hidden(tokens, state)
         part = []
-        for rows, wanted in zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024)):
-            logits = model.logits(rows).float()                                   # of a few tokens at a time
+        few_tokens = zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024))
+        for rows, wanted in few_tokens:                                           # the logits of all may not fit
+            logits = model.logits(rows).float()
             part.append(F.cross_entropy(logits, wanted, reduction="none"))
         losses.append(torch.cat(part).view_as(targets))
     return torch.cat(losses, dim=1)
@@ -514,12 +542,12 @@ def overlapping(model, x, y, T, rows):
         return later.flatten(0, 1).split(rows)
     losses = []
     for inputs, targets in zip(windows(x), windows(y)):
-        last = losses_by_position(model, inputs, targets, T)[:, T - half:]
-        losses.append(last.flatten())
+        last = losses_by_position(model, inputs, targets, T)
+        losses.append(last[:, T - half:].flatten())
     rest = (x.shape[1] - T) % half
     if rest:
-        last = losses_by_position(model, x[:, -T:], y[:, -T:], T)[:, T - rest:]
-        losses.append(last.flatten())
+        last = losses_by_position(model, x[:, -T:], y[:, -T:], T)
+        losses.append(last[:, T - rest:].flatten())
     return torch.cat(losses).mean().item()
 
 
@@ -527,12 +555,16 @@ def overlapping(model, x, y, T, rows):
 def read(checkpoint, arm, text):
     """Of the weights of a checkpoint: mean loss by position, the same beyond seq_len in overlapping windows, the loss
     within seq_len of each source, and the precision of training and of this. NaN for what is not."""
-    T, length, rows = arm.model.seq_len, text.length, arm.train.piece
+    T = arm.model.seq_len
+    length = text.length
+    rows = arm.train.piece
     model = load_model(checkpoint, text.device).eval()
     precision = checkpoint["config"]["precision"]
     again = default_context(model) and length > T
     seen = T if model.config.pos == "learned" else length
-    curves, over, by_source = [], [], {}
+    curves = []
+    over = []
+    by_source = {}
     for name, (windows, count) in text.sources.items():
         total = 0.0
         total_again = 0.0 if again else math.nan
@@ -593,7 +625,8 @@ def training_speed(arm, config, slots, steps=60):
                          "--resume=false"]
     with slots.take(arm.name) as gpu:
         threads = max(1, torch.get_num_threads() // slots.count)
-        code, last = training.call(threading.Event(), gpu, threads, Path(config.out_dir, "inductor").absolute())
+        cache = Path(config.out_dir, "inductor").absolute()
+        code, last = training.call(threading.Event(), gpu, threads, cache)
     if code not in (0, Diverged.code):
         raise UserError(f"{training.folder}/log.txt ends, with exit code {code}: {last}")
     for path in training.folder.glob("*.pt"):
@@ -606,20 +639,25 @@ def decoding_costs(arm, config, device, steps=64):
     """Tokens/s of one text after seq_len tokens, and bytes of the state after seq_len and 16 times that."""
     precision = pick_precision(config.precision, device) if device.type == "cuda" else "fp32"  # as sample.py
     T = arm.model.seq_len
-    model = cast_for_decoding(LM(replace(arm.model, seq_len=16 * T + 1000)).to(device), precision)
+    longer = replace(arm.model, seq_len=16 * T + 1000)
+    model = cast_for_decoding(LM(longer).to(device), precision)
     prompt = torch.randint(arm.model.vocab_size, (1, T), device=device)
     decode = decoding_calls(model, prompt, steps, device, precision)
     times = [seconds(decode, device) / steps for _ in range(3)]
-    return {"decoding_tokens_per_s": 1 / statistics.median(times), "decoding_precision": precision,
-            "state_bytes": [state_size(model, tokens, device, precision) for tokens in (T, 16 * T)]}
+    return {
+        "decoding_tokens_per_s": 1 / statistics.median(times),
+        "decoding_precision": precision,
+        "state_bytes": [state_size(model, tokens, device, precision) for tokens in (T, 16 * T)],
+    }
 
 
 @torch.no_grad()
 def state_size(model, tokens, device, precision):
     """Bytes of the state of a text of so many tokens, read in pieces as generate does."""
     state = None
+    idx = torch.zeros(1, tokens, dtype=torch.long, device=device)
     with autocast(device, precision):
-        for piece in torch.zeros(1, tokens, dtype=torch.long, device=device).split(4096, dim=1):
+        for piece in idx.split(4096, dim=1):
             _, state = model.hidden(piece, state)
     return state_bytes(state["layers"])
 
@@ -630,7 +668,8 @@ def state_size(model, tokens, device, precision):
 
 def bins(T, length):
     """(start, end) of ranges of positions: powers of two from 8 on, cut at T."""
-    edges = sorted({0, T, length, *(2**i for i in range(3, length.bit_length()) if 2**i < length)})
+    powers = [2**i for i in range(3, length.bit_length())]
+    edges = sorted({0, T, length, *(power for power in powers if power < length)})
     return [*zip(edges, edges[1:])]
 
 
@@ -639,7 +678,8 @@ def summarise(arm, tuning, trainings, costs, length):
     T = arm.model.seq_len
     unknown = {"by_position": [None] * length, "overlapping": None, "by_source": {}, "precision": None}
     found = [unknown if training.diverged() else training.losses for training in trainings]
-    curves = torch.tensor([numbers(one["by_position"]) for one in found], dtype=torch.float64)  # (seeds, length)
+    curves = [numbers(one["by_position"]) for one in found]
+    curves = torch.tensor(curves, dtype=torch.float64)                            # (seeds, length)
 
     def part(start, end):
         return curves[:, start:end].mean(1).tolist()
@@ -755,9 +795,10 @@ def plot(results, path, T, length, title):
         points = [(math.sqrt((start + 1) * end), losses) for (start, end), losses in curve
                   if not math.isnan(statistics.fmean(losses))]
         where = [position for position, _ in points]
+        means = [statistics.fmean(losses) for _, losses in points]
         low = [min(losses) for _, losses in points]
         high = [max(losses) for _, losses in points]
-        line, = panels[0].plot(where, [statistics.fmean(losses) for _, losses in points], label=result["name"])
+        line, = panels[0].plot(where, means, label=result["name"])
         panels[0].fill_between(where, low, high, color=line.get_color(), alpha=0.2)
         by_time = [point for point in result.get("by_time", []) if None not in point]
         panels[1].plot(*smoothed(by_time), color=line.get_color())
@@ -788,13 +829,21 @@ def main():
     config, arms = parse(sys.argv[1:])
     text = check(arms, config)
     found, complete = train_all(arms, config, text)
-    said, T = arms[0].text(), arms[0].model.seq_len
-    reported = [arm for arm in arms if not all(training.diverged() for training in found[arm.name][1])]
+    said = arms[0].text()
+    T = arms[0].model.seq_len
+    reported = []
+    for arm in arms:
+        _, trainings = found[arm.name]
+        if not all(training.diverged() for training in trainings):
+            reported.append(arm)
     if not reported:
         raise UserError("every arm diverged at every learning rate: try lower --lrs" if complete else
                         "no training was finished in that time: the same command with more --minutes goes on")
     costs = measure_costs(reported, config, text.device) if complete else {}
-    results = [summarise(arm, *found[arm.name], costs.get(arm.name), text.length) for arm in reported]
+    results = []
+    for arm in reported:
+        tuning, trainings = found[arm.name]
+        results.append(summarise(arm, tuning, trainings, costs.get(arm.name), text.length))
     seconds = add_equal_time(arms, results, found)
     reference = rank(results)
     precisions = sorted({p for r in results for p in r["precisions"] if p})
@@ -803,8 +852,16 @@ def main():
     title = (f"{said['dataset']}, {said['tokens']:,} tokens of training, seeds: {config.seeds}, {text.windows} windows "
              f"of {text.length} tokens; {device_name(text.device)}, {' and '.join(precisions)}, "
              f"{config.jobs} at a time")
-    written = {"title": title, "seq_len": T, "length": text.length, "windows": text.windows, "reference": reference,
-               "seconds": seconds, "complete": complete, "arms": results}
+    written = {
+        "title": title,
+        "seq_len": T,
+        "length": text.length,
+        "windows": text.windows,
+        "reference": reference,
+        "seconds": seconds,
+        "complete": complete,
+        "arms": results,
+    }
     write_json(Path(config.out_dir, "results.json"), plain_json(written))
     print(title)
     report(results, reference, T, text.length, seconds)

@@ -72,7 +72,8 @@ def texts_of(paths, seen):
 
 def write(path, texts):
     """Writes .jsonl.gz, always the same bytes for the same texts; how many, and their bytes."""
-    documents, size = 0, 0
+    documents = 0
+    size = 0
     with replacing(path) as temporary:
         with open(temporary, "wb") as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as lines:
             for text in texts:
@@ -90,7 +91,9 @@ def main():
         raise UserError(f"{root} holds {len(packages)} packages: name a folder of several with --root")
     sizes = {name: sum(path.stat().st_size for path in paths) for name, paths in packages.items()}
     chosen = held_out(sizes, config.val_fraction)
-    out, seen, rows = Path(config.out), set(), []
+    out = Path(config.out)
+    seen = set()
+    rows = []
     out.mkdir(parents=True, exist_ok=True)
     training = [path for name, paths in packages.items() if name not in chosen for path in paths]
     for i in range(config.shards):

@@ -133,11 +133,15 @@ class Setting:
         return ModelConfig(**fields)
 
 
-FAMILIES = {"softmax": dict(mixers="conv softmax"), "elu": dict(mixers="conv linear"),
-            "window16": dict(mixers="conv window", window=16), "window64": dict(mixers="conv window", window=65),
-            "based": dict(mixers="conv linear", feature_map="taylor"),
-            "deltanet": dict(mixers="conv linear", n_heads=2, feature_map="silu_l2", delta=True, normaliser="rms",
-                             short_conv=True)}
+FAMILIES = {
+    "softmax": dict(mixers="conv softmax"),
+    "elu": dict(mixers="conv linear"),
+    "window16": dict(mixers="conv window", window=16),
+    "window64": dict(mixers="conv window", window=65),
+    "based": dict(mixers="conv linear", feature_map="taylor"),
+    "deltanet": dict(mixers="conv linear", n_heads=2, feature_map="silu_l2", delta=True, normaliser="rms",
+                     short_conv=True),
+}
 FAMILIES["gated_deltanet"] = FAMILIES["deltanet"] | dict(decay="gated", expand_v=2.0)
 FULL = Setting(                                                                   # [1, Figure 2]
     vocab_size=8192, batch_size=256, epochs=32, lrs=(10 ** -2.5, 1e-2, 1e-3, 10 ** -1.5), seeds=2,
@@ -181,11 +185,14 @@ SMOKE = dataclasses.replace(
     test=tuple(part._replace(examples=64) for part in FULL.test),
     models=("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128"))
 
+SETTINGS = {"small": SMALL, "full": FULL, "smoke": SMOKE}
+
 # Read off the figures of [1] and of its code's page, +-0.01: bytes of the state, accuracy.
 PUBLISHED = {"based d48 f8": (9.4e3, 0.67), "based d64 f8": (12.5e3, 0.72), "based d64 f16": (40.5e3, 0.91),
              "based d128 f16": (80e3, 0.985), "deltanet d64": (9.0e3, 0.79), "deltanet d128": (34e3, 0.96),
              "gated_deltanet d64": (17e3, 0.89), "gated_deltanet d128": (67e3, 0.99), "window64 d128": (67e3, 0.515)}
-SOLVED, BEHIND = 0.99, 0.1
+SOLVED = 0.99
+BEHIND = 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,7 +216,10 @@ def make_part(part, vocab_size, generator, rows=4096):
     rest, every second place can hold a question; the gap of each, in such places, is drawn without replacement from a
     power law, p(gap) ~ (gap + 1)^(0.01 - 1). All other places are random tokens.
     """
-    T, pairs, half, device = part.T, part.pairs, vocab_size // 2, generator.device
+    T = part.T
+    pairs = part.pairs
+    half = vocab_size // 2
+    device = generator.device
     space = T // 2 - pairs
     assert pairs <= min(space, half - 1), f"{pairs} pairs do not fit {T} tokens of {vocab_size} kinds"
     log_weight = (0.01 - 1) * torch.arange(1, space + 1, device=device).log()
@@ -240,11 +250,13 @@ def hidden(model, tokens):
 
 def answer_logits(model, x, where):
     """Logits at the questions alone: x (B,T,D), where (B,pairs) -> (B,pairs,vocab). Only they count: 1 token in 9."""
-    return model.logits(x.gather(1, where[..., None].expand(-1, -1, x.shape[-1])))
+    asked = x.gather(1, where[..., None].expand(-1, -1, x.shape[-1]))             # (B,pairs,D)
+    return model.logits(asked)
 
 
 def answer_loss(model, x, where, answers):
-    return F.cross_entropy(answer_logits(model, x, where).flatten(0, 1).float(), answers.flatten())
+    logits = answer_logits(model, x, where).flatten(0, 1)
+    return F.cross_entropy(logits.float(), answers.flatten())
 
 
 def new_model(config, seed):
@@ -267,16 +279,23 @@ class Trainer:
     pool = None
 
     def __init__(self, config, setting, device, precision, use_graphs=False, compiled=False):
-        self.config, self.setting, self.device, self.precision = config, setting, device, precision
+        self.config = config
+        self.setting = setting
+        self.device = device
+        self.precision = precision
         self.model = new_model(config, 0).to(device).train()
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.1, fused=True, capturable=cuda,
-                                           lr=torch.zeros((), device=device) if cuda else 0.0)
+        lr = torch.zeros((), device=device) if cuda else 0.0
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, weight_decay=0.1, fused=True, capturable=cuda)
         self.total = torch.zeros((), device=device)                               # loss since it was last read
-        self.graphs, self.use_graphs, self.hidden, self.loss = {}, use_graphs, hidden, answer_loss
+        self.graphs = {}
+        self.use_graphs = use_graphs
+        self.hidden = hidden
+        self.loss = answer_loss
         if compiled:
             torch._dynamo.config.cache_size_limit = 256                           # shapes times configurations
-            self.hidden, self.loss = (torch.compile(f, dynamic=False) for f in (hidden, answer_loss))
+            self.hidden = torch.compile(hidden, dynamic=False)
+            self.loss = torch.compile(answer_loss, dynamic=False)
 
     @torch.no_grad()
     def reset(self, seed):
@@ -319,9 +338,13 @@ class Trainer:
         """The graph of one step at this shape of batch. Warming up trains, so what it changed is put back."""
         static = [x.clone() for x in batch]
         lr = self.optimizer.param_groups[0]["lr"]
-        kept = [p.detach().clone() for p in self.model.parameters()], self.total.clone(), lr.clone()
+        lr_before = lr.clone()
+        total_before = self.total.clone()
+        weights_before = [p.detach().clone() for p in self.model.parameters()]
+        moments_before = {}
+        for p, state in self.optimizer.state.items():
+            moments_before[p] = {key: value.clone() for key, value in state.items()}
         lr.zero_()
-        old = {p: {key: value.clone() for key, value in state.items()} for p, state in self.optimizer.state.items()}
 
         def warm_up():
             for _ in range(3):
@@ -329,12 +352,15 @@ class Trainer:
         Trainer.pool = Trainer.pool or torch.cuda.graph_pool_handle()
         graph, _ = captured(lambda: self.compute(static), warm_up, Trainer.pool)
         with torch.no_grad():
-            for p, before in zip(self.model.parameters(), kept[0]):
+            for p, before in zip(self.model.parameters(), weights_before):
                 p.copy_(before)
                 for key, value in self.optimizer.state[p].items():
-                    value.copy_(old[p][key]) if p in old else value.zero_()
-            self.total.copy_(kept[1])
-            lr.copy_(kept[2])
+                    if p in moments_before:
+                        value.copy_(moments_before[p][key])
+                    else:
+                        value.zero_()
+            self.total.copy_(total_before)
+            lr.copy_(lr_before)
         return graph, static
 
     def batches(self, part):
@@ -351,10 +377,10 @@ class Trainer:
         for tokens, where, answers in data:
             hits = []
             rows = max(1, 2 ** 18 // tokens.shape[1])
-            for batch in zip(tokens.split(rows), where.split(rows), answers.split(rows)):
+            for idx, asked, wanted in zip(tokens.split(rows), where.split(rows), answers.split(rows)):
                 with autocast(self.device, self.precision):
-                    logits = answer_logits(self.model, hidden(self.model, batch[0]), batch[1])
-                hits.append((logits.argmax(-1) == batch[2]).float().sum())
+                    logits = answer_logits(self.model, hidden(self.model, idx), asked)
+                hits.append((logits.argmax(-1) == wanted).float().sum())
             right.append(sum(hits) / answers.numel())
         self.model.train()
         return [round(x, 5) for x in torch.stack(right).tolist()]
@@ -379,7 +405,8 @@ class Trainer:
                     if steps % 64 == 0 and time.time() > deadline:
                         return None
             accuracy = self.test(test_data)
-            loss, mean = self.total.item() / max(1, steps), statistics.mean(accuracy)
+            loss = self.total.item() / max(1, steps)
+            mean = statistics.mean(accuracy)
             self.total.zero_()
             record["history"].append({"epoch": epoch + 1, "loss": loss, "mean": mean, "accuracy": accuracy})
             tell(epoch + 1)
@@ -391,8 +418,8 @@ class Trainer:
                 record["end"] = "behind"
             if record["end"] != "all epochs":
                 break
-        # The accuracy that counts is the last one: no epoch is picked.
-        return record | record["history"][-1] | {"seconds": round(time.perf_counter() - start, 2)}
+        record["seconds"] = round(time.perf_counter() - start, 2)
+        return record | record["history"][-1]                                     # the last epoch: none is picked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +429,8 @@ class Trainer:
 @torch.no_grad()
 def state_size(config):
     """Bytes of the state of one sequence in fp32, after as many tokens as the longest test has."""
-    _, state = new_model(config, 0).eval().hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
+    model = new_model(config, 0).eval()
+    _, state = model.hidden(torch.zeros(1, config.seq_len, dtype=torch.long))
     return state_bytes(state["layers"])
 
 
@@ -498,14 +526,16 @@ class Worker(NamedTuple):
 
 def work(worker, epochs_done):
     """Makes the runs of a Worker. epochs_done: shared memory, a number for each worker."""
-    setting, folder = worker.setting, worker.folder
+    setting = worker.setting
+    folder = worker.folder
     torch.set_num_threads(worker.threads)
     torch.set_float32_matmul_precision("high" if worker.precision == "bf16" else "highest")
     device = torch.device(worker.device)
     train_data = make_data(setting.train, setting.vocab_size, 123, device)
     test_data = make_data(setting.test, setting.vocab_size, 456, device)
     names = dict.fromkeys(name for name, _, _ in worker.runs)
-    runs, trainers = read_runs(folder, setting, names), {}
+    runs = read_runs(folder, setting, names)
+    trainers = {}
     for name, lr, seed in worker.runs:
         before = epochs_done[worker.number]
 
@@ -575,10 +605,12 @@ def plan(names, setting, folder, device, precision, args, deadline):
 
 def run_all(workers):
     """Starts the workers and shows how far they are."""
-    folder, setting = workers[0].folder, workers[0].setting
+    folder = workers[0].folder
+    setting = workers[0].setting
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder / "inductor").absolute())  # compiled code is shared
     spawn = multiprocessing.get_context("spawn")                                  # CUDA does not outlive a fork
-    cells, shown = spawn.RawArray("q", len(workers)), {*folder.glob("*-lr*.json")}
+    cells = spawn.RawArray("q", len(workers))
+    shown = {*folder.glob("*-lr*.json")}
     total = sum(len(worker.runs) for worker in workers) * setting.epochs
     processes = [spawn.Process(target=start, args=(worker, cells), daemon=True) for worker in workers]
     with tqdm(total=total, desc="epochs", unit="epoch", disable=None, smoothing=0.05) as bar:
@@ -620,12 +652,19 @@ def summarise(names, setting, runs, costs):
             continue
         means = [run["mean"] for run in best.values()]
         accuracies = zip(*(run["accuracy"] for run in best.values()))
-        rows.append({"model": name, "state, bytes": costs[name]["bytes"], "tokens/s": costs[name]["tokens_per_s"],
-                     "accuracy": statistics.mean(means), "lowest": min(means), "highest": max(means),
-                     "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
-                     "published": PUBLISHED.get(name, (None, ""))[1],
-                     "lr": ", ".join(sorted({f"{run['lr']:.1e}" for run in best.values()}))}
-                    | {part.name(): statistics.mean(column) for part, column in zip(setting.test, accuracies)})
+        _, published = PUBLISHED.get(name, (None, ""))
+        row = {
+            "model": name,
+            "state, bytes": costs[name]["bytes"],
+            "tokens/s": costs[name]["tokens_per_s"],
+            "accuracy": statistics.mean(means),
+            "lowest": min(means),
+            "highest": max(means),
+            "over seeds": f"{min(means):.3f} to {max(means):.3f}" * (len(means) > 1),
+            "published": published,
+            "lr": ", ".join(sorted({f"{run['lr']:.1e}" for run in best.values()})),
+        }
+        rows.append(row | {part.name(): statistics.mean(column) for part, column in zip(setting.test, accuracies)})
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
@@ -641,14 +680,15 @@ def plot_tradeoff(rows, path, title, after, with_published):
             below, above = y - row["lowest"], row["highest"] - y
             panel.errorbar(x, y, [[below], [above]], fmt="o", color=color, capsize=3)
             labels.append((x, y, row["model"], color))
-            obstacles += [(x, y - part * below) for part in (0, 0.5, 1)] + [(x, y + part * above) for part in (0.5, 1)]
+            obstacles += [(x, y - below), (x, y - below / 2), (x, y), (x, y + above / 2), (x, y + above)]
             if with_published and key == "state, bytes" and row["model"] in PUBLISHED:
                 obstacles.append(PUBLISHED[row["model"]])
                 panel.plot(*PUBLISHED[row["model"]], "x", color=color, markersize=8)
         panel.plot([row[key] for row in mine], [row["accuracy"] for row in mine], color=color)
 
     def draw_panel(panel, key):
-        labels, obstacles = [], []
+        labels = []
+        obstacles = []
         for i, family in enumerate(families):
             draw_family(panel, key, family, f"C{i}", labels, obstacles)
         panel.set(xscale="log", ylim=(None, 1.05))
@@ -719,9 +759,16 @@ def measure_costs(names, setting, folder, device, precision):
              if isinstance(cost, dict) and {"bytes", "tokens_per_s", "machine"} <= {*cost}}
     todo = [name for name in names if costs.get(name, {}).get("machine") != device_name(device)]
     for name in tqdm(todo, desc="decoding", disable=None, leave=False):
-        config, batch, after = setting.config(name), setting.decode_batch, setting.decode_after
-        costs[name] = {"bytes": state_size(config), "machine": device_name(device), "batch": batch, "after": after,
-                       "tokens_per_s": decoding_speed(config, batch, after, device, precision)}
+        config = setting.config(name)
+        batch = setting.decode_batch
+        after = setting.decode_after
+        costs[name] = {
+            "bytes": state_size(config),
+            "machine": device_name(device),
+            "batch": batch,
+            "after": after,
+            "tokens_per_s": decoding_speed(config, batch, after, device, precision),
+        }
         write_json(path, costs)
     return costs
 
@@ -745,11 +792,12 @@ def pick_names(only, models):
 def main():
     start = time.time()
     args, = configure(sys.argv[1:], RecallConfig, config_file=False)
-    kind, setting = "small", SMALL
+    kind = "small"
     if args.full:
-        kind, setting = "full", FULL
+        kind = "full"
     if args.smoke:
-        kind, setting = "smoke", SMOKE
+        kind = "smoke"
+    setting = SETTINGS[kind]
     setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds,
                                   more_seeds={} if args.seeds else setting.more_seeds)
     names = pick_names(args.only, setting.models)
@@ -765,8 +813,8 @@ def main():
     rows = summarise(names, setting, runs, costs)
     if not rows:
         raise UserError("no run was finished in that time: the same command with more --minutes resumes")
-    hidden = ("lowest", "highest")
-    table(f"MQAR, {kind} setting", [{key: row[key] for key in row if key not in hidden} for row in rows])
+    shown = [{key: row[key] for key in row if key not in ("lowest", "highest")} for row in rows]
+    table(f"MQAR, {kind} setting", shown)
     missing = sum(not needless(runs, *run) for run in all_runs(names, setting))
     say(f"{device_name(device)}, {precision}: {len(runs)} runs in "
         f"{sum(run['seconds'] for run in runs.values()):.0f} s of training, this call {time.time() - start:.0f} s"

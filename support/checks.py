@@ -1,5 +1,7 @@
-"""What model.py refuses: a configuration that makes no model, arguments that do not fit each other. Each is a ValueError
-with one sentence that says what is wrong and what to set."""
+"""What model.py refuses: a configuration that makes no model, arguments that do not fit each other.
+
+Each is a ValueError with one sentence that says what is wrong and what to set.
+"""
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch

@@ -102,7 +102,8 @@ def long_spaces(text):
 def encode_gpt2(gpt2, text):
     """The ids of a text. GPT-2's pattern makes one word of a span of white space, but for its last character where
     another word follows; such a word goes past the regular expression straight to the merges."""
-    parts, done = [], 0
+    parts = []
+    done = 0
     for first, end in long_spaces(text):
         last = end if end == len(text) else end - 1
         parts.append(gpt2.encode_to_numpy(text[done:first], disallowed_special=()))
@@ -369,7 +370,8 @@ class Windows:
     """
 
     def __init__(self, files, seq_len, seed):
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len = seq_len
+        self.seed = seed
         short = Joined([file for file in files if len(file) <= seq_len])
         self.files = [file for file in files if len(file) > seq_len] + [short] * (len(short) > seq_len)
         if not self.files:
@@ -437,4 +439,5 @@ class Dataset:
         if model_config.vocab_size not in (type(model_config).vocab_size, vocab_size):
             raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: "
                             "leave it out")
-        model_config.vocab_size, model_config.tokenizer = vocab_size, tokenizer
+        model_config.vocab_size = vocab_size
+        model_config.tokenizer = tokenizer

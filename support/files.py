@@ -95,7 +95,7 @@ def check_target(path, flag):
 
 
 class Busy(UserError):
-    """Another process is at work in a folder. Who starts this one can ask for an exit code of its own (side_by_side)."""
+    """Another process is at work in a folder. support/side_by_side.py asks for an exit code of its own for that."""
 
     code = int(os.environ.get("LAT_BUSY_CODE", UserError.code))
 

@@ -24,7 +24,8 @@ class Log:
     """metrics.jsonl: one JSON object a line. Opening it at a step drops what a killed run had written after it."""
 
     def __init__(self, path, step, trackers=(), again=True):
-        self.path, self.trackers = path, trackers
+        self.path = path
+        self.trackers = trackers
         # An evaluation comes after the checkpoint of its step is saved: `again` if that of `step` will be repeated.
         keep = [r for r in self.read(path) if r["step"] < step or r["step"] == step and ("loss" in r or not again)]
         with replacing(path) as temporary:
@@ -33,7 +34,9 @@ class Log:
     @staticmethod
     def read(path):
         """The records of a metrics.jsonl, without the line in whose middle a kill came; other bad lines are named."""
-        records, bad, lines = [], [], []
+        records = []
+        bad = []
+        lines = []
         try:
             if path.exists():
                 if not path.is_file():

@@ -13,14 +13,17 @@ from configurator import UserError
 from support.dataset import bin_problems, check_not_empty, read_sealed, remake, seal, write_sealed
 
 BATCH = 1 << 22  # so many bytes of text are encoded at once
-MANY, MANY_BYTES = 2000, 1 << 26  # of so many documents, or bytes, a hash holds out the share that it should
+MANY = 2000  # of so many documents, or bytes, a hash holds out the share that it should
+MANY_BYTES = 1 << 26
 
 
 class Bin:
     """A .bin that is being written, and what the manifest will say of it."""
 
     def __init__(self, file, tokenizer):
-        self.file, self.tokenizer, self.sha256 = file, tokenizer, hashlib.sha256()
+        self.file = file
+        self.tokenizer = tokenizer
+        self.sha256 = hashlib.sha256()
         self.tokens = self.documents = self.bytes = self.encoded = 0
         self.pieces = []
 
@@ -54,7 +57,10 @@ def hash_limit(found, fraction):
     the limit that comes nearest. None, the tail of each document, where no limit comes near: there may be only one.
     Returns the limit, and what was found, some of which had to be read to tell."""
     limit = int(fraction * 2**32)
-    sizes, read_ahead, total, fresh = collections.Counter(), [], 0, True
+    sizes = collections.Counter()
+    read_ahead = []
+    total = 0
+    fresh = True
     for item in found:
         read_ahead.append(item)
         rule, _, utf8, last, _ = item
@@ -115,7 +121,8 @@ def write_manifest(folder):
 
 def verify(folder):
     """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
-    found, listed = [], set()
+    found = []
+    listed = set()
     records = {path: read_sealed(path) for path in list_records(folder)}
     if not records:
         raise UserError(f"there is no dataset in {folder}: {remake(folder)}")

@@ -106,7 +106,9 @@ def expand(folder, parts):
 
 def folders_below(folder):
     """The folder and those below it, each once, first as what they are and only then by links."""
-    seen, now, links = set(), [folder], []
+    seen = set()
+    now = [folder]
+    links = []
     while now or links:
         path = now.pop() if now else links.pop()
         if os.path.realpath(path) in seen:
@@ -157,7 +159,9 @@ class Tally:
 
 def read(path, begin, end, tally, field="text"):
     """The documents of a file, or of bytes begin to end of a .txt."""
-    name, bad, good = path.lower(), tally.counts["bad"], 0
+    name = path.lower()
+    bad = tally.counts["bad"]
+    good = 0
     try:
         if name.endswith((".txt", ".py")):
             texts = read_plain(path, begin, end)
@@ -183,7 +187,7 @@ def valid(found, path, tally):
     """What a reader found as (text, its UTF-8, last, position), with empty texts left out and invalid ones repaired.
 
     A file of which many bytes are invalid, and more than are part of a valid character, is of another encoding."""
-    invalid, beyond_ascii, size = 0, 0, 0
+    invalid = beyond_ascii = size = 0
     sample = b""
 
     def check():
@@ -353,7 +357,9 @@ def read_parquet(path, tally, field):
         if field not in table.schema_arrow.names:
             raise UserError(f"{path} has no column {field}: name the one that holds the text, --text_field=..., of "
                             f"{', '.join(table.schema_arrow.names)}")
-        row, rows, size = 0, table.metadata.num_rows, os.path.getsize(path)
+        row = 0
+        rows = table.metadata.num_rows
+        size = os.path.getsize(path)
         for batch in table.iter_batches(1024, columns=[field]):
             column = batch.column(field).cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
             for row, text in enumerate(column.to_pylist(), row + 1):
@@ -380,7 +386,8 @@ def import_datasets():
 def open_hub(name, config, revision):
     """The splits of a dataset of the hub, or of a local folder or file, as streams: {split: IterableDataset}."""
     datasets = import_datasets()
-    given, options = name, {}
+    given = name
+    options = {}
     if os.path.isfile(name):
         given = os.path.dirname(os.path.abspath(name))
         options = {"data_files": {"train": [os.path.basename(name)]}}
