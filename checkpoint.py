@@ -137,11 +137,11 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"cannot read {path} ({reason}): fix that, or name another --out_dir") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): take an older one, or delete it") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): use an older one, or delete it") from None
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     if unknown:
-        raise UserError(f"{path} is of another version of model.py: its model has {', '.join(sorted(unknown))}")
+        raise UserError(f"{path} was made by another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
 
 
@@ -182,7 +182,9 @@ def make_model(settings):
     try:
         return LM(ModelConfig(**settings))
     except ValueError as error:                                                   # a mixer that is not here
-        hint = "" if "--plugin" in str(error) else "; if that is in a file of your own, name it with --plugin=FILE"
+        hint = "; if that is defined in a file of your own, pass it with --plugin=FILE"
+        if "--plugin" in str(error):
+            hint = ""
         raise UserError(f"the model of this checkpoint cannot be made: {error}{hint}") from None
 
 
@@ -213,7 +215,7 @@ def check_shared(model, weights, source):
             continue
         if not torch.equal(weights[first], weights[name]):
             raise UserError(f"{source} is untied: its {first} and {name} differ, and tied=True would keep one of the "
-                            "two: take --tied=False")
+                            "two: use --tied=False")
 
 
 def load_model(checkpoint, device):
@@ -305,7 +307,8 @@ def load_pretrained(source, device="cpu"):
         raise UserError(f"{source} is neither a folder with a checkpoint or a shared model, nor one that the Hugging "
                         f"Face hub gives ({reasons.get(kind) or f'{kind}: {show(str(error), str)}'})") from None
     if unknown:
-        raise UserError(f"{source} is of another version of model.py: its config.json has {', '.join(sorted(unknown))}")
+        raise UserError(f"{source} was made by another version of model.py: its config.json has "
+                        f"{', '.join(sorted(unknown))}")
     return model
 
 
@@ -360,7 +363,7 @@ def check_numbers(model, source):
     with inference(model):
         logits, _ = model(torch.zeros(1, 1, dtype=torch.long, device=model.embed.weight.device))
     if not all(x.isfinite().all() for x in [logits, *model.parameters()]):
-        raise Failed(f"the weights of {source} give NaN or inf: its training diverged; take an earlier checkpoint")
+        raise Failed(f"the weights of {source} give NaN or inf: its training diverged; use an earlier checkpoint")
 
 
 def inference(model):
@@ -370,7 +373,7 @@ def inference(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where a run begins: anew, from another model, or where it stopped
+# Where a run begins: at step 0, with the weights of another model, or where it stopped
 
 
 def settings_to_start_from(config):
@@ -384,7 +387,7 @@ def settings_to_start_from(config):
     if not config.eval_only:
         if latest.parent.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
             raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
-                            "take another --out_dir")
+                            "use another --out_dir")
         if config.resume is not False and latest.exists():                        # started: its source may be gone
             return load_checkpoint(latest)["model_config"]
     return dataclasses.asdict(load_pretrained(config.init_from).config)
@@ -404,16 +407,16 @@ def find_checkpoint(config, data):
             config.precision = checkpoint["config"]["precision"]
         if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
             raise UserError(f"{latest} was trained on {checkpoint['data']['tokenizer']} tokens, and this dataset holds "
-                            f"{data['tokenizer']} tokens: take --dataset of the same tokenizer")
+                            f"{data['tokenizer']} tokens: use --dataset of the same tokenizer")
         return checkpoint
     others = [*latest.parent.glob("best.pt"), *sorted(latest.parent.glob(KEPT))]
     log = Log.read(latest.with_name("metrics.jsonl")) if config.resume == "auto" else []
     if not others and any("val_loss" in record for record in log):                # evaluated is only what was saved
-        raise UserError(f"{latest.parent} has no checkpoint, but the log of a run that had one: move metrics.jsonl "
-                        "away, take another --out_dir, or --resume=false to start over")
+        raise UserError(f"{latest.parent} has no checkpoint, but it has the log of a run that had one: move "
+                        "metrics.jsonl away, use another --out_dir, or --resume=false to start over")
     if config.resume == "auto" and others:
         raise UserError(f"there is no {latest}, but there is {others[-1].name}: copy it to ckpt.pt to resume from "
-                        "there, or take --resume=false to start over")
+                        "there, or use --resume=false to start over")
     return None
 
 
@@ -434,8 +437,9 @@ def changes(checkpoint, config, model_config, data):
 def refuse_changes(path, checkpoint, config, model_config, data):
     """UserError that names what differs between a checkpoint and the run that wants to continue it."""
     if changed := changes(checkpoint, config, model_config, data):
-        raise UserError(f"{path} is of another run: {'; '.join(changed.values())}. Take another --out_dir, the earlier "
-                        "settings, --resume=changed to resume with the new ones, or --resume=false to start over")
+        raise UserError(f"{path} belongs to another run: {'; '.join(changed.values())}. Use another --out_dir, the "
+                        "earlier settings, --resume=changed to resume with the new ones, or --resume=false to start "
+                        "over")
 
 
 def is_finished(config, step):
@@ -451,7 +455,7 @@ def check_meaning(path, checkpoint, model_config):
                if value != before[key] and key not in SAME_MEANING]
     if changed:
         raise UserError(f"the weights in {path} would mean something else: {'; '.join(changed)}. Leave that out, or "
-                        "take --resume=changed_model to do so on purpose")
+                        "use --resume=changed_model to do so on purpose")
 
 
 def loss_of_best(path, config, model_config, data):
@@ -486,7 +490,7 @@ def check_evaluation(source, model, wanted):
     if changed:
         raise UserError(f"eval_only evaluates {source} as it is, and its {', its '.join(changed)}: leave that out")
     if theirs["pos"] == "learned" and wanted.seq_len > theirs["seq_len"]:
-        raise UserError(f"{source} has learned positions, which end at seq_len={theirs['seq_len']}: take no larger one")
+        raise UserError(f"{source} has learned positions, which end at seq_len={theirs['seq_len']}: use no larger one")
 
 
 def start_from(model, source, name):
@@ -517,13 +521,13 @@ def restore_run(run, checkpoint):
     names = position_names(checkpoint)
     load_weights(run.model, checkpoint)
     if config.get("optimizer", "adamw") != run.config.optimizer:                  # resume=changed
-        raise UserError(f"{run.latest} was trained with another optimizer: take --init_from={run.latest} and another "
+        raise UserError(f"{run.latest} was trained with another optimizer: use --init_from={run.latest} and another "
                         "--out_dir to start from its weights")
     if run.config.resume == "changed":
         check_meaning(run.latest, checkpoint, run.model_config)
     new = load_named_state(run.optimizer, checkpoint["optimizer"], names)
     if new:
-        say(f"the optimizer starts anew for {', '.join(new)}")
+        say(f"the optimizer state is reset for {', '.join(new)}")
     run.step = checkpoint["step"]
     run.saved = checkpoint["step"]
     run.sequences = checkpoint.get("sequences", run.step * config["batch_size"])
@@ -545,7 +549,7 @@ def adapt(run, checkpoint):
     if changed.keys() & {"seq_len", "seed", "sha256"}:
         run.sequences = -(-run.tokens // run.model_config.seq_len)
         done = run.sequences % run.windows.total / run.windows.total
-        say(f"the text is cut and ordered anew, and the run continues at sequence {run.sequences:,}: {done:.0%} of the "
-            "epoch is done, of which some will be read again, and some of the rest left out")
+        say(f"the text is cut and ordered differently, and the run continues at sequence {run.sequences:,}: {done:.0%} "
+            "of the epoch is done; some of it will be read again, and some of the rest left out")
     elif "batch_size" in changed:
         say(f"the run continues at sequence {run.sequences:,}: no text is repeated or skipped")

@@ -30,10 +30,10 @@ from checkpoint import checkpoint_in, inference, load_plugin, open_model
 @dataclass
 class EvalConfig:
     # The model
-    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
+    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is used, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
     plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
-    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    device: str = "auto"             # cpu, cuda, mps; auto picks the best available
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
 
     # A text
@@ -115,7 +115,7 @@ def continuations(model, pairs, batch_size):
             log_p = model.logits(hidden[len(row) - len(answer):len(row)]).float().log_softmax(-1)
             total = float(log_p.gather(1, answer[:, None]).sum())
             if math.isnan(total):
-                raise Failed("the log-probabilities are NaN: the model's training diverged; take an earlier checkpoint")
+                raise Failed("the log-probabilities are NaN: the model's training diverged; use an earlier checkpoint")
             likeliest = log_p.argmax(-1) == answer
             answers[i] = total, bool(likeliest.all())
     return answers
@@ -227,7 +227,7 @@ def run_tasks(config, harness):
     return results
 
 
-@out_of_memory("take a smaller --batch_size, or --context=1024")
+@out_of_memory("use a smaller --batch_size, or --context=1024")
 def main():
     config, = configure(sys.argv[1:], EvalConfig)
     if config.task_dir and not Path(config.task_dir).is_dir():
@@ -236,7 +236,7 @@ def main():
     model, tokenizer = open_model(config.init_from or checkpoint_in(config.out_dir), config.device, config.precision)
     context = config.context or default_context(model)
     if model.config.pos == "learned" and context > model.config.seq_len:
-        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: take a smaller --context")
+        raise UserError(f"the model's learned positions end at {model.config.seq_len} tokens: use a smaller --context")
     with inference(model):
         if config.tasks:
             result = measure_tasks(config, model, tokenizer, context)
@@ -261,7 +261,7 @@ def measure_text(config, model, tokenizer, context):
     tokens = tokenizer.encode(text).tolist()
     loss = nats(model, [tokenizer.eot, *tokens], context) / len(tokens)
     if not math.isfinite(loss):
-        raise Failed(f"the loss is {loss}: the model's training diverged; take an earlier checkpoint")
+        raise Failed(f"the loss is {loss}: the model's training diverged; use an earlier checkpoint")
     return {
         "tokens": len(tokens),
         "bytes": size,

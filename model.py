@@ -441,7 +441,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0         # width of the MLP / dim; swiglu takes 2/3 of it, for equal parameters; 0: no MLP
     tied: bool = True              # the output projection is the embedding
     dropout: float = 0.0           # on the embedding and on every residual branch
-    tokenizer: str = ""            # whose ids the tokens are, name:hash; train.py takes it from the dataset
+    tokenizer: str = ""            # the tokenizer that made the ids, name:hash; train.py takes it from the dataset
 
     def __post_init__(self):
         if isinstance(self.mixers, str):

@@ -11,7 +11,7 @@ A .bin is the little-endian ids of its documents, each followed by end-of-text. 
 group of small ones or a shard of the hub, becomes .bin files of its own, in a process of its own, committed in three
 steps: temporary name, fsync, rename; then its record, a small .json, in the same way; when all are there,
 manifest.json, the join of the records. So a kill at any moment loses the sources under way and no others, the same
-command finishes to the same bytes, and machines that share the work need no coordination: copy their folders together
+command ends with the same bytes, and machines that share the work need no coordination: copy their folders together
 and --verify. (One manifest that grows with every shard would need a lock.) Records and manifest end with a checksum of
 themselves; training checks that and sizes, --verify all the bytes.
 """
@@ -56,9 +56,9 @@ class PrepareConfig:
     dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or a name of yours for data_files or hub
     data_files: str = ""  # local files: a glob, or several separated by spaces or commas
     hub: str = ""  # a dataset of the Hugging Face hub, OWNER/NAME; or a local folder or file that `datasets` reads
-    config: str = ""  # the configuration of the hub's dataset, where it has several
+    config: str = ""  # the configuration of the hub dataset, if it has several
     text_field: str = "text"  # the field or column of a record that holds its text
-    max_documents: int = 0  # with hub: take so many documents of each split; 0: all
+    max_documents: int = 0  # with hub: use this many documents of each split; 0: all
 
     # How it is cut
     tokenizer: str = "auto"  # gpt2, bytes, or the path of a tokenizer.json; auto: bytes for stdlib and small texts
@@ -159,7 +159,7 @@ def local_sources(paths, base, val_fraction):
     whole documents where there are many, the tail of each .txt where there are few and long."""
     validation = {path for path in paths if held_out(path, base)}
     if len(validation) == len(paths):
-        raise UserError(f"--data_files: the names of all {len(paths)} files say validation, none is left to train on")
+        raise UserError(f"--data_files: all {len(paths)} files are named as validation files: none is left to train on")
     documents = [path for path in paths if path.lower().endswith(".txt")]
     few = not validation and len(documents) * val_fraction < 5
     tails = {path for path in documents if few and os.path.getsize(path) * val_fraction > 1000}
@@ -422,14 +422,14 @@ def difference(folder, record, options, source):
         asked = asked | {"source": "among the files given now"}
     for key, value in asked.items():
         if made.get(key) != value:
-            return (f"{folder} was made with {key} {made.get(key)}, not {value}: take another --dataset name, or "
+            return (f"{folder} was made with {key} {made.get(key)}, not {value}: use another --dataset name, or "
                     "delete that folder")
     return changed(folder, source) if source and source.size != made["source_bytes"] else ""
 
 
 def changed(folder, source):
     return (f"{source.name} has changed since {folder / source.record} was made from it: restore it, or delete that "
-            "record and the same command makes it again, or take another --dataset name")
+            "record and the same command makes it again, or use another --dataset name")
 
 
 def encode_all(config, options, sources):
@@ -448,7 +448,7 @@ def encode_all(config, options, sources):
             raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the "
                             "same command continues where this one stopped") from None
         finally:
-            progress[0] = True  # who is at work stops, and leaves nothing half-written
+            progress[0] = True  # workers stop, and leave nothing half-written
             manager = getattr(pool, "_executor_manager_thread", None)
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(task.done() for task in tasks):

@@ -2,7 +2,7 @@
 
     python sample.py                                           from out/base, one text after a blank start
     python sample.py --out_dir=out/tiny --prompt="class "      continue a prompt
-    python sample.py --out_dir=out/tiny --interactive          take turns: each answer continues all that was said
+    python sample.py --out_dir=out/tiny --interactive          a conversation: each answer continues all before it
     python sample.py --init_from=someone/model                 a model of the Hugging Face hub, or from anywhere else
     python sample.py --prompt_file=story.txt                   or a file's text; - reads standard input
     python sample.py --prompt_file=story.txt --save_state=story.state      where it stopped, without the text:
@@ -40,10 +40,10 @@ from checkpoint import checkpoint_in, inference, load_file, load_plugin, open_mo
 @dataclass
 class SampleConfig:
     # The model
-    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is taken, or else ckpt.pt
+    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is used, or else ckpt.pt
     init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
     plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
-    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    device: str = "auto"             # cpu, cuda, mps; auto picks the best available
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
     compile: bool | Literal["auto"] = "auto"  # compile the step of a token; auto: on CUDA for 50,000 tokens and more
 
@@ -54,7 +54,7 @@ class SampleConfig:
 
     # The text
     num_samples: int = 1             # texts to generate, all at once
-    max_new_tokens: int = 500        # longest text, in tokens after the prompt
+    max_new_tokens: int = 500        # length of a text at most, in tokens after the prompt
     temperature: float = 0.8         # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int = 0                   # choose among the k likeliest tokens; 0 means all
     top_p: float = 1.0               # choose among the fewest tokens that hold this much probability
@@ -62,7 +62,7 @@ class SampleConfig:
     stop: bool = True                # end a text at its end-of-text token
 
     # Where it stopped
-    save_state: str = ""             # write where the text stopped to this file
+    save_state: str = ""             # save the state at the end of the text to this file
     load_state: str = ""             # continue from there, with num_samples texts; a prompt is read after it
 
     def __post_init__(self):
@@ -83,10 +83,10 @@ class SampleConfig:
             raise ValueError("interactive reads standard input and writes one text: leave out num_samples and "
                              "prompt_file=-")
         if self.save_state and self.num_samples > 1:
-            raise ValueError("save_state keeps one text: take num_samples=1, and num_samples=N with load_state")
+            raise ValueError("save_state keeps one text: use num_samples=1, and num_samples=N with load_state")
         target = Path(self.save_state or "x.state")
         if not target.parent.is_dir() or target.exists() and not target.is_file():
-            raise ValueError(f"save_state={target} must be a file in a folder that is there")
+            raise ValueError(f"save_state={target} must be a file in an existing folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def check_prompt(tokens, state, config):
 def check_positions(state, config, max_new_tokens):
     room = positions_left(state, config) - 1                                      # for the token not read yet
     if max_new_tokens > room:
-        fix = f"take --max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
+        fix = f"use --max_new_tokens={room} or less" if room > 0 else "shorten the prompt"
         raise UserError(f"the model's learned positions end at {config.seq_len} tokens, and prompt and text would have "
                         f"{config.seq_len - room + max_new_tokens}: {fix}")
 
@@ -218,7 +218,7 @@ def check_save_state(path):
     except Exception:  # whatever it is, torch.load can't read it
         ours = False
     if not ours:
-        raise UserError(f"save_state={path} is there and is not a state: take another name")
+        raise UserError(f"save_state={path} exists and is not a state: use another name")
 
 
 def read_state(path, model, generator, seed):
@@ -247,7 +247,7 @@ def read_state(path, model, generator, seed):
 # The program
 
 
-@out_of_memory("take a smaller --num_samples")
+@out_of_memory("use a smaller --num_samples")
 def main():
     config, = configure(sys.argv[1:], SampleConfig)
     load_plugin(config.plugin)

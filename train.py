@@ -59,7 +59,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 2e-4                 # peak learning rate
     warmup_steps: int = 200          # steps of linear warmup
-    decay_frac: float = 1.0          # last part of the run in which lr falls linearly to zero; 1 is all after warmup
+    decay_frac: float = 1.0          # last part of the run in which lr falls linearly to zero; 1: all after warmup
     weight_decay: float = 0.1        # on matrices only
     beta1: float = 0.9               # AdamW
     beta2: float = 0.95              # AdamW
@@ -68,7 +68,7 @@ class TrainConfig:
 
     # The machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
-    device: str = "auto"             # cpu, cuda, cuda:1, mps; auto takes the best there is
+    device: str = "auto"             # cpu, cuda, cuda:1, mps; auto picks the best available
     compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
     shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2)
 
@@ -113,7 +113,7 @@ class TrainConfig:
         if self.shard:
             require(WORLD > 1, "shard splits a model over several processes of torchrun: leave it out")
             require(self.optimizer != "muon", "shard does not work with optimizer=muon, which needs whole matrices: "
-                    "take --optimizer=adamw, or leave --shard out")
+                    "use --optimizer=adamw, or leave --shard out")
 
     @property
     def passes(self):
@@ -168,7 +168,7 @@ class Run:
         if config.init_from and self.saved is None:                               # what it starts from is a result too
             self.save_latest()
             if self.saved is None:
-                raise Diverged(f"{config.init_from} gives no good loss: take another --init_from")
+                raise Diverged(f"{config.init_from} gives no good loss: use another --init_from")
         with self.journal.progress(self.step, self.tokens):
             pace = self.journal.pace
             while True:
@@ -303,7 +303,7 @@ class Run:
 
     def spread(self):
         """Over the processes: the model whole in each, gradients averaged while backward still runs; or in shards."""
-        if len({*gather(self.step)}) > 1:                                         # none goes on before all have read
+        if len({*gather(self.step)}) > 1:                                         # also waits until all have read
             raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on "
                             "a file system that all machines share")
         if self.config.shard:
@@ -375,7 +375,7 @@ def evaluate(model, files, manifest, config, device):
 # The program
 
 
-@out_of_memory("take a larger --grad_accum (same result), or a smaller --batch_size, --seq_len, --dim or --depth")
+@out_of_memory("use a larger --grad_accum (same result), or a smaller --batch_size, --seq_len, --dim or --depth")
 @processes()
 def main():
     config, model_config = configure(sys.argv[1:], TrainConfig, ModelConfig, inherit=settings_to_start_from)

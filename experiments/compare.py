@@ -7,25 +7,25 @@
 
 The first needs `python prepare.py --dataset=stdlib` and takes an hour or two on two cores.
 
-An arm is a config file, with settings of its own after commas. Arms can also stand in a file, with settings for all, as
-those in experiments/sweeps do. Every training is the plain command train.py, which is written to log.txt in its folder,
-out_dir/ARM/lrLR-seedSEED. --jobs of them run on each visible GPU, or on the CPU. The same command resumes: a training
-that was stopped continues, one that is finished is not repeated, one that another process is at is waited for.
-Of a finished training, metrics.jsonl and finished.json are enough, so a folder without its checkpoints can be moved to
-another machine.
+An arm is a config file, with its own settings after commas. A file can also list the arms, with settings for all of
+them, as in experiments/sweeps. Each training is a plain train.py command, logged in log.txt of its folder,
+out_dir/ARM/lrLR-seedSEED. --jobs of them run at a time on each visible GPU, or on the CPU. The same command resumes: it
+continues trainings that were stopped, skips finished ones, and waits for those that another process is running.
+A finished training needs only its metrics.jsonl and finished.json, so its folder can be moved to another machine
+without the checkpoints.
 
-Seed 1 tries the rates of --lrs, then twice the largest or half the smallest until the best has one on both sides. The
-best has the lowest *training* loss over the last tenth of the logged steps: in less than an epoch that is text not seen
-before, and nothing is tuned on the validation text of the report. Fresh seeds, 2 and on, are then trained at that rate,
-and only these are reported. A single rate is taken as it is, and seeds 1 and on are reported.
+Learning rates are tuned with seed 1: those of --lrs, then twice the largest or half the smallest, until the best one
+has a neighbour on both sides. The best has the lowest *training* loss over the last tenth of the logged steps. In less
+than an epoch that is unseen text, so nothing is tuned on the validation text of the report. New seeds, from 2 on, are
+then trained at that rate, and only these are reported. With a single rate there is no tuning, and seeds count from 1.
 
-The report reads windows of `longer` times seq_len validation tokens, of each validation file equally many. A token is
-predicted from all before it in its window; the loss to seq_len and the loss beyond are means over the positions of the
-same windows. A model with softmax layers or learned positions is also read as eval.py does, in windows of seq_len that
-overlap by half. Costs are measured with nothing else running. The training loss at equal time is that of the last tenth
-of the time in which the fastest arm finishes; the learning rate of a slower arm has not come down to zero by then.
+The report uses windows of `longer` times seq_len validation tokens, equally many from each validation file. Each token
+is predicted from all tokens before it in its window. The losses up to seq_len and beyond are means over the same
+windows. Models with softmax layers or learned positions are also evaluated as in eval.py, in windows of seq_len
+that overlap by half. Costs are measured with nothing else running. The training loss at equal time is the mean over the
+last tenth of the time that the fastest arm needs; the learning rate of a slower arm has not reached zero by then.
 
-The settings of arms, which are also flags for all, are in `python train.py --help`.
+`python train.py --help` lists the settings of arms. As flags they apply to all arms.
 """
 import concurrent.futures as futures
 import importlib.util
@@ -66,18 +66,18 @@ from eval import default_context
 PROGRAM = Path(__file__).resolve().parent.with_name("train.py")
 SMALL = "experiments/sweeps/small.py"
 BEYOND = 8                                                                        # rates to try beyond those given
-PAUSE = 10                                                                        # seconds, when another is at work
+PAUSE = 10                                                                        # seconds, while another runs it
 
 
 @dataclass
 class CompareConfig:
-    lrs: str = ""                    # learning rates to begin with, as 0.01,0.02; empty: each arm's own and its half
-    seeds: int = 3                   # trainings of each arm that are reported, at the learning rate taken
-    jobs: int = 1                    # trainings side by side on each GPU, or on a CPU, whose cores they share
+    lrs: str = ""                    # first learning rates to try, as 0.01,0.02; empty: each arm's own and half of it
+    seeds: int = 3                   # reported trainings of each arm, at its best learning rate
+    jobs: int = 1                    # trainings at a time on each GPU, or on the CPU, whose cores they share
     minutes: float = 0.0             # stop training after this time, and report what is finished; 0 is no limit
     longer: int = 4                  # length of the validation windows, in units of seq_len
     out_dir: str = "out/compare"     # where the trainings and results.json are kept
-    checkpoints: bool = True         # False: delete those of a training when its losses are known
+    checkpoints: bool = True         # False: delete the checkpoints of a training once its losses are known
     plot: str = ""                   # also draw loss against position and time to this file: needs matplotlib
     device: str = "auto"             # as for train.py; auto and cuda take every visible GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
@@ -179,7 +179,8 @@ def parse_arm(text, passed, taken, rates):
     given = [(where, key) for where, key, *_ in read_config_file(file) if key not in own]
     for where, key in given + [(word, key_of(word)) for word in arguments[1:]]:
         if key in taken | {"lr", "seed"}:
-            raise UserError(f"{where}: {key} is no setting of an arm: --lrs, --seeds and the like are the same for all")
+            raise UserError(f"{where}: {key} is not a setting of an arm: --lrs, --seeds and the like are the same for "
+                            "all")
     for key in ("resume", "eval_only", "init_from"):
         if getattr(train, key) != getattr(TrainConfig, key):
             raise UserError(f"{text}: with {key}={getattr(train, key)} trainings are not equal: leave it out")
@@ -228,14 +229,14 @@ def check_folders(arm, out_dir, data):
             try:
                 saved = load_checkpoint(path)
             except UserError:
-                raise UserError(f"{path} is missing or damaged: delete {folder}, and the same command trains it anew"
+                raise UserError(f"{path} is missing or damaged: delete {folder}, and the same command trains it again"
                                 ) from None
         same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
         train = replace(arm.train, **{key: saved["config"][key] for key in same})
         try:
             refuse_changes(path, saved, train, arm.model, data)
         except UserError as error:
-            raise UserError(f"{str(error).partition('. Take')[0]}: take another --out_dir") from None
+            raise UserError(f"{str(error).partition('. Use')[0]}: use another --out_dir") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ class Training:
                 threads = max(1, torch.get_num_threads() // slots.count)
                 code, last = self.call(stopped, gpu, threads, cache)
             if code == BUSY:
-                told or say(f"{self.folder}: another train.py is at work there, and is waited for")
+                told or say(f"{self.folder}: another train.py is running there: waiting for it to end")
                 told = True
                 stopped.wait(PAUSE)
             elif code == Diverged.code:
@@ -350,7 +351,7 @@ class Training:
         if self.losses and self.is_reported() and self.losses.get("text") != text.identity:
             if not (self.folder / "ckpt.pt").exists():
                 raise UserError(f"{self.folder} was read with another --longer, and its checkpoint is deleted: take "
-                                "that --longer, or delete the folder, and it is trained anew")
+                                "that --longer, or delete the folder, and it is trained again")
             self.losses = None
 
     def evaluate(self, text, checkpoints):
@@ -505,9 +506,9 @@ class Text:
         if not long_enough:
             longest = max(sizes.values())
             raise UserError(f"the report reads windows of --longer times seq_len, {length} tokens, and the longest "
-                            f"validation text has {longest}: take a smaller --longer")
+                            f"validation text has {longest}: use a smaller --longer")
         if short := files.keys() - long_enough.keys():
-            say(f"not read, for they are shorter than the windows of {length} tokens: {', '.join(sorted(short))}")
+            say(f"not read, because they are shorter than the windows of {length} tokens: {', '.join(sorted(short))}")
         self.sources = {}                                                         # {name: (windows, how many of them)}
         for name, some in long_enough.items():
             windows = Windows(some, length, seed=0)
@@ -824,7 +825,7 @@ def smoothed(points, width=5):
     return xs, ys
 
 
-@out_of_memory("take a larger --grad_accum, or a smaller --longer")
+@out_of_memory("use a larger --grad_accum, or a smaller --longer")
 def main():
     config, arms = parse(sys.argv[1:])
     text = check(arms, config)
@@ -838,7 +839,7 @@ def main():
             reported.append(arm)
     if not reported:
         raise UserError("every arm diverged at every learning rate: try lower --lrs" if complete else
-                        "no training was finished in that time: the same command with more --minutes goes on")
+                        "no training was finished in that time: the same command with more --minutes resumes")
     costs = measure_costs(reported, config, text.device) if complete else {}
     results = []
     for arm in reported:
@@ -868,7 +869,7 @@ def main():
     if config.plot:
         plot(results, Path(config.plot), T, text.length, title)
     if not complete:
-        say("not all is trained yet: the same command resumes")
+        say("some trainings are not finished: the same command resumes")
 
 
 if __name__ == "__main__":

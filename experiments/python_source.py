@@ -3,10 +3,10 @@
     python -m experiments.python_source --out=python
     python prepare.py --dataset=python --data_files='python/*.jsonl.gz'
 
-Written are out/python-train-0000N.jsonl.gz and out/python-validation.jsonl.gz, a document a file of source. Of files
-with the same bytes one is kept, in training where one of them is there. Packages are held out whole, so that nothing of
-them is seen in training: those whose names have the lowest hashes, until they are `val_fraction` of all bytes; one that
-is larger than that by itself is trained on.
+Writes out/python-train-0000N.jsonl.gz and out/python-validation.jsonl.gz, one document per source file. Of identical
+files one is kept, in the training text if any of them belongs there. Whole packages are held out, so that training sees
+nothing of them: those whose names have the lowest hashes, up to `val_fraction` of all bytes. A package that is larger
+than that by itself is used for training.
 """
 import gzip
 import hashlib
@@ -29,7 +29,7 @@ from support.report import table
 @dataclass
 class SourceConfig:
     out: str = "python"              # the folder to write to
-    root: str = ""                   # the folder of packages; empty: where those of this Python are
+    root: str = ""                   # the folder of packages; empty: that of this Python
     val_fraction: float = 0.04       # share of the bytes that is held out
     shards: int = 8                  # files of training text
 
@@ -104,7 +104,7 @@ def main():
     documents, size = write(path, texts_of([path for name in sorted(chosen) for path in packages[name]], seen))
     rows.append({"file": path.name, "documents": documents, "MB": size / 1e6})
     if not documents:
-        raise UserError(f"no package of {root} fits in --val_fraction={config.val_fraction}: take a larger one")
+        raise UserError(f"no package of {root} fits in --val_fraction={config.val_fraction}: use a larger one")
     table(f"Python source in {root.name}, {len(packages)} packages", rows)
     largest = sorted(sizes, key=sizes.get, reverse=True)[:8]
     say("largest: " + ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in largest))

@@ -2,7 +2,7 @@
 
     python -m experiments.recall                        a small version: minutes on two CPU cores
     python -m experiments.recall --full                 the published setting [1, Figure 2], for a GPU
-    python -m experiments.recall --full --minutes=10    as far as ten minutes go; the same command later resumes
+    python -m experiments.recall --full --minutes=10    what fits in ten minutes; the same command resumes
     python -m experiments.recall --smoke                a short run of each kind in the published sizes, to try a GPU
 
 A sequence states pairs of a key and a value, then asks for each key once; at each question the model must say the
@@ -15,13 +15,13 @@ state, and accuracy against decoding speed is what it buys. Models are LM of mod
 convolution, which can put a key beside its value, then the mixer in question; x + norm(x) follows each, as in the
 published code, where an identity takes the place of the MLP.
 
-Each run is one JSON file in out_dir, written when it is done; runs that are there are not repeated. A run stops early
-at a mean accuracy of 0.99 over the test settings, as in [1]; the remaining learning rates of that configuration and
-seed are then left out, since they could not change the figure. Learning rates are tried in the order given; one that
-half-way is 0.1 behind a finished one of the same configuration and seed is given up. Test accuracy picks the learning
-rate, as published.
+Each run is one JSON file in out_dir, written when it is done; finished runs are not repeated. A run stops early at a
+mean accuracy of 0.99 over the test settings, as in [1]; the remaining learning rates of that configuration and seed are
+then skipped, since they could not change the figure. Learning rates are tried in the order given; a run that is 0.1
+behind a finished one of the same configuration and seed at half time is stopped. Test accuracy picks the learning rate,
+as published.
 
-Runs go on side by side, on every visible GPU or on the cores of the CPU.
+Runs share every visible GPU, or the cores of the CPU.
 
 Differs from [1] and its code:
 - no dropout on attention weights; the last, smaller batch of a part is left out
@@ -71,12 +71,12 @@ from model import LM, ModelConfig, state_bytes
 @dataclass
 class RecallConfig:
     full: bool = False               # the published setting: hours on a CPU
-    smoke: bool = False              # its sizes with hardly any steps: whether everything works, within a minute or two
-    minutes: float = 0.0             # start no more training steps after this time; 0 is no limit
+    smoke: bool = False              # the published sizes with few steps: shows in a minute or two that all works
+    minutes: float = 0.0             # stop training after this time; 0 is no limit
     only: str = ""                   # configurations or families to run (based, "elu d64"), with commas; "": all
-    seeds: int = 0                   # runs of each configuration and learning rate; 0 is that of the setting
-    epochs: int = 0                  # passes over the training set; 0 is that of the setting
-    workers: int = 0                 # processes that share the machine; 0 is 1 for every core, at most 6 on each GPU
+    seeds: int = 0                   # runs of each configuration and learning rate; 0: as in the setting
+    epochs: int = 0                  # passes over the training set; 0: as in the setting
+    workers: int = 0                 # processes that share the machine; 0: one per core, at most 6 on each GPU
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py, but auto is fp32 on a CPU
     compile: bool = True             # torch.compile and CUDA graphs; on a CPU neither is used
@@ -87,7 +87,7 @@ class RecallConfig:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if self.full and self.smoke:
-            raise ValueError("full and smoke are different settings: take one of them")
+            raise ValueError("full and smoke are different settings: use one of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -474,15 +474,15 @@ def run_file(folder, name, lr, seed):
 
 
 def read_runs(folder, setting, names):
-    """The finished runs, as {(name, lr, seed): record}. UserError where one is of other settings."""
+    """The finished runs, as {(name, lr, seed): record}. UserError where one was made with other settings."""
     runs = {}
     for name in names:
         for path in sorted(folder.glob(f"{name.replace(' ', '-')}-lr*.json")):
             record = read_json(path, "setting", "lr", "seed", "mean", "accuracy", "end", "history", "seconds", "epoch")
             if record is None:
-                say(f"warning: {path} is damaged, and is run again")
+                say(f"warning: {path} is damaged and will be run again")
             elif record["setting"] != fingerprint(setting, name):
-                raise UserError(f"{path} is of other settings: take another --out_dir, or delete it")
+                raise UserError(f"{path} was made with other settings: use another --out_dir, or delete it")
             else:
                 runs[name, record["lr"], record["seed"]] = record
     return runs
@@ -754,7 +754,7 @@ def measure_costs(names, setting, folder, device, precision):
     path = folder / "costs.json"
     costs = read_json(path)
     if costs is None and path.exists():
-        say(f"warning: {path} is damaged, and is measured again")
+        say(f"warning: {path} is damaged and will be measured again")
     costs = {name: cost for name, cost in (costs or {}).items()
              if isinstance(cost, dict) and {"bytes", "tokens_per_s", "machine"} <= {*cost}}
     todo = [name for name in names if costs.get(name, {}).get("machine") != device_name(device)]

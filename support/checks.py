@@ -63,16 +63,16 @@ def check_linear(config, feature_map):
     name = config.feature_map
     if config.normaliser == "sum":
         require(feature_map.positive, f"normaliser=sum divides by a sum that feature_map={name} can make zero or "
-                "negative: take normaliser=rms, or feature_map elu or taylor")
+                "negative: use normaliser=rms, or feature_map elu or taylor")
         require(not (feature_map.can_vanish and config.pos == "rope"), f"feature_map={name} can make all weights zero, "
-                "and pos=rope then leaves a numerator to divide by them: take pos=none, or feature_map=elu")
-        require(not config.delta, "delta=True overwrites, so there is no sum to divide by: take normaliser=rms")
+                "and pos=rope then leaves a numerator to divide by them: use pos=none, or feature_map=elu")
+        require(not config.delta, "delta=True overwrites, so there is no sum to divide by: use normaliser=rms")
     if config.pos == "rope" and not feature_map.rotate_first:
         width = feature_map.phi(torch.zeros(1, config.key_dim)).shape[-1]
         require(width == config.key_dim, f"feature_map={name} makes {width} features of {config.key_dim}, and pos=rope "
-                "turns them in the width of a head: give it rotate_first=True, or take pos=none")
+                "turns them in the width of a head: give it rotate_first=True, or use pos=none")
     require(feature_map.unit or not config.delta,
-            "delta=True diverges unless keys have length 1: take feature_map=silu_l2")
+            "delta=True diverges unless keys have length 1: use feature_map=silu_l2")
 
 
 def check_without_order(config):

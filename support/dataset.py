@@ -209,7 +209,7 @@ def read_sealed(path):
             raise ValueError("its checksum does not fit")
         check_content(content)
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): may you read it?") from None
+        raise UserError(f"cannot read {path} ({error.strerror}): do you have permission?") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{path} is damaged or of another version ({error})"
         raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
@@ -235,13 +235,13 @@ def check_content(content):
         for key in ("tokens", "documents", "bytes"):
             check_number(entry, key, 0, 2**53)
         if entry["tokens"] and not entry["bytes"]:
-            raise ValueError(f"{entry['tokens']} tokens of no text")
+            raise ValueError(f"{entry['tokens']} tokens without text")
         for key in entry.keys() & {"bad", "empty", "repaired", "source_bytes"}:
             check_number(entry, key, 0, 2**53)
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError(f"sha256 {entry['sha256']!r}")
         if not all(type(example) is str for example in entry.get("examples", [])):
-            raise ValueError("examples that are no text")
+            raise ValueError("examples that are not text")
 
 
 def check_number(content, key, low, high):
@@ -376,7 +376,7 @@ class Windows:
         self.files = [file for file in files if len(file) > seq_len] + [short] * (len(short) > seq_len)
         if not self.files:
             raise UserError(f"{files[0].path} and the other files of its split have {len(short)} tokens, too short for "
-                            "one sequence: prepare more text, or take --seq_len below that")
+                            "one sequence: prepare more text, or use --seq_len below that")
         self.counts = [max(1, (len(f) - 1) // seq_len - 1) for f in self.files]   # all offsets leave this many
         self.ends = np.cumsum(self.counts)
         self.total = int(self.ends[-1])

@@ -58,7 +58,7 @@ def leftovers(folder, name):
 def cannot_write(path, error):
     reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
     refused = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
-    question = "may you write there?" if refused else "is the disk full?"
+    question = "do you have permission?" if refused else "is the disk full?"
     return UserError(f"cannot write {path} ({reason}): {question} What was there before is intact, and the same "
                      "command continues")
 
@@ -95,7 +95,7 @@ def check_target(path, flag):
 
 
 class Busy(UserError):
-    """Another process is at work in a folder. support/side_by_side.py asks for an exit code of its own for that."""
+    """Another process is running in a folder. support/side_by_side.py asks for an exit code of its own for that."""
 
     code = int(os.environ.get("LAT_BUSY_CODE", UserError.code))
 
@@ -116,7 +116,7 @@ def locked(folder, program="prepare.py", flag="--data_dir"):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(f"another {program} is at work in {folder}: wait until it ends, or use another "
+                raise Busy(f"another {program} is running in {folder}: wait until it ends, or use another "
                            f"{flag}") from None
         yield
     finally:
@@ -158,7 +158,7 @@ def read_text(path):
     try:
         data = sys.stdin.buffer.read() if path == "-" else read_bytes(path)
     except AttributeError:  # sys.stdin is None
-        raise UserError("standard input is closed: name a file instead of -") from None
+        raise UserError("standard input is closed: give a file instead of -") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
     encoding, mark = encoding_of(data)

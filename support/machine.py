@@ -51,12 +51,12 @@ def pick_device(name):
     if name == "cpu":
         keep_freed_memory()
     if WORLD > 1 and name.startswith("cuda:"):
-        raise UserError(f"device={name} would put all processes on one GPU: leave it out, or take --device=cuda")
+        raise UserError(f"device={name} would put all processes on one GPU: leave it out, or use --device=cuda")
     if WORLD > 1 and name == "cuda":
         local, here = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         if here > torch.cuda.device_count():
             raise UserError(f"{here} processes need a GPU each, and there are {torch.cuda.device_count()}: "
-                            "start fewer with --nproc_per_node, or take --device=cpu")
+                            "start fewer with --nproc_per_node, or use --device=cpu")
         name = f"cuda:{local}"
         torch.cuda.set_device(local)
     try:
@@ -249,7 +249,7 @@ def processes():
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2 if by_hand else 30)))
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the {WORLD} processes do not meet at {where} ({str(error).splitlines()[0][:100]}): start "
+        raise UserError(f"the {WORLD} processes did not connect at {where} ({str(error).splitlines()[0][:100]}): start "
                         "them with torchrun, or unset WORLD_SIZE for one process alone") from None
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

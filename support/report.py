@@ -43,7 +43,7 @@ class Log:
                     raise OSError(0, "it is not a file")                          # a pipe would never end
                 lines = path.read_text(errors="replace").splitlines()
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}): fix that, or take another --out_dir") from None
+            raise UserError(f"cannot read {path} ({error.strerror}): fix that, or use another --out_dir") from None
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
@@ -154,7 +154,7 @@ def wanted_trackers(config):
             key = "tensorboard" if tracker is TensorBoard else "wandb_project"
             if isinstance(error, ModuleNotFoundError) and error.name == tracker.package:
                 raise UserError(f"--{key} needs a package: pip install {tracker.package}, or leave it out") from None
-            raise UserError(f"--{key} needs {tracker.package}, which does not import "
+            raise UserError(f"--{key} needs {tracker.package}, which cannot be imported "
                             f"({type(error).__name__}: {error}): fix that, or leave it out") from None
     return wanted
 
@@ -314,8 +314,8 @@ def picture(path, draw, told="wrote", **panels):
         raise
     except ImportError as error:
         if getattr(error, "name", "") == "matplotlib":
-            return say(f"no {path.name}: pip install matplotlib draws it")
-        say(f"no {path.name}: matplotlib does not import ({error})")
+            return say(f"no {path.name}: pip install matplotlib to draw it")
+        say(f"no {path.name}: matplotlib cannot be imported ({error})")
     except Exception as error:  # a backend, a font, a cache folder: each its own exception type
         say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {(str(error) or 'no word').splitlines()[0]})")
     else:

@@ -11,7 +11,7 @@ from multiprocessing import connection
 import torch
 
 
-BUSY = 4  # what a process started here exits with where another is at work in its folder
+BUSY = 4  # the exit code of a process started here whose folder another one is using
 
 
 def visible_gpus(device):

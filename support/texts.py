@@ -288,7 +288,7 @@ def bad_gzip(path, number, stream, error):
     if not stream.tell():
         return UserError(f"{path} is not compressed, though its name ends in .gz: rename it, "
                          f"mv {name} {shlex.quote(path[:-3])}")
-    return UserError(f"{path} has other bytes after the end of its gzip stream: if they are no text of yours, drop "
+    return UserError(f"{path} has other bytes after the end of its gzip stream: if they are not your text, drop "
                      f"them, gzip -dc {name} > {shlex.quote(path[:-3])}, and give that file")
 
 

@@ -114,9 +114,9 @@ def test_without_arms_seven_presets_are_compared_small_and_flags_win():
     (["config/softmax.py,windw=8"], "--windw is not a known key; the nearest is window"),
     (["--seedss=2"], "the nearest is seeds"), (["softmax"], "an arm is FILE.py"),
     (["config/base.py", "config/base.py"], "two arms are called base"),
-    (["config/base.py", "--lr=1e-3"], "lr is no setting of an arm"),
-    (["config/base.py,jobs=2"], "jobs is no setting of an arm"), (["config/base.py,seed=2"], "seed is no setting"),
-    (["config/base.py,out_dir=x"], "out_dir is no setting of an arm"),
+    (["config/base.py", "--lr=1e-3"], "lr is not a setting of an arm"),
+    (["config/base.py,jobs=2"], "jobs is not a setting of an arm"), (["config/base.py,seed=2"], "seed is not a setting"),
+    (["config/base.py,out_dir=x"], "out_dir is not a setting of an arm"),
     (["config/base.py", "config/tiny.py"], "tiny has dataset=stdlib and base c4"),
     (["config/base.py", "config/base.py,max_steps=3"], "base,max_steps=3 has tokens="),
     (["--lrs=0.1,x"], "lrs must be"), (["--lrs=0.1,1e-1"], "lrs must be"), (["--lrs=0"], "lrs must be"),
@@ -152,7 +152,7 @@ def test_a_sweep_in_the_repository_compares_what_can_be_compared(path):
 
 
 @pytest.mark.parametrize("line, wanted", [("eval_only = True", "with eval_only=True trainings are not equal"),
-                                          ("jobs = 2", "arm.py:2: jobs: jobs is no setting of an arm"), ("", "")])
+                                          ("jobs = 2", "arm.py:2: jobs: jobs is not a setting of an arm"), ("", "")])
 def test_the_file_of_an_arm_is_checked_as_flags_are(line, wanted, tmp_path):
     (tmp_path / "arm.py").write_text(f"lr = 1e-3; seed = 3; out_dir = 'out/mine'\n{line}\n")
     if not wanted:
@@ -357,8 +357,8 @@ def test_each_source_of_validation_is_read_as_much_as_the_others_and_told_apart(
         file.path.name: {"source": name.strip()} for file, name in zip(files, names)}})
     text = compare.Text(data, 16, 16 * 40, torch.device("cpu"))
     assert {name: count for name, (_, count) in text.sources.items()} == {"mix": 20, "python": 20}
-    assert "not read, for they are shorter than the windows of 16 tokens: tiny" in capsys.readouterr().err
-    with pytest.raises(UserError, match="3000 tokens, and the longest validation text has 2000: take a smaller --longer"):
+    assert "not read, because they are shorter than the windows of 16 tokens: tiny" in capsys.readouterr().err
+    with pytest.raises(UserError, match="3000 tokens, and the longest validation text has 2000: use a smaller --longer"):
         compare.Text(data, 3000, 100, torch.device("cpu"))
 
 
@@ -457,7 +457,7 @@ def test_a_folder_of_another_run_is_noticed_before_anything_is_trained(sweep, mo
     monkeypatch.setattr(compare, "train_all", None)
     assert run(*sweep.flags, f"--out_dir={sweep.folder}", "--weight_decay=0.3", "--lrs=0.3") == 2
     err = capsys.readouterr().err
-    assert "weight_decay was 0.1, now 0.3: take another --out_dir" in err and err.count("\n") == 1
+    assert "weight_decay was 0.1, now 0.3: use another --out_dir" in err and err.count("\n") == 1
 
 
 def test_of_a_finished_training_no_checkpoint_is_needed(sweep, tmp_path, monkeypatch, capsys):
@@ -481,11 +481,11 @@ def test_a_lost_checkpoint_and_too_long_windows_are_told_with_their_fixes(sweep,
         assert run(*sweep.flags, f"--out_dir={folder}", *flags) == 2
         err = capsys.readouterr().err
         return err if err.count("\n") == 1 else ""
-    assert "take a smaller --longer" in told("--longer=100000")
+    assert "use a smaller --longer" in told("--longer=100000")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert f"delete {checkpoint.parent}, and the same command trains it anew" in told()
+    assert f"delete {checkpoint.parent}, and the same command trains it again" in told()
     checkpoint.unlink()
-    assert f"delete {checkpoint.parent}, and the same command trains it anew" in told()
+    assert f"delete {checkpoint.parent}, and the same command trains it again" in told()
 
 
 @pytest.mark.slow
@@ -501,14 +501,14 @@ def test_a_folder_where_another_trains_holds_back_no_other(data, tmp_path, monke
             waited.append(True)
 
     def refused():
-        return (first / "log.txt").read_text().count("is at work in") if (first / "log.txt").exists() else 0
+        return (first / "log.txt").read_text().count("is running in") if (first / "log.txt").exists() else 0
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
     flags = [*TINY, f"--data_dir={data}", f"--out_dir={tmp_path}", "--lrs=1e30", "--jobs=1"]
     assert run("config/base.py", "config/softmax.py", *flags) == 2                    # and it diverges: an end, too
     thread.join()
     err = capsys.readouterr().err
-    assert waited and err.count("is at work there, and is waited for") == 1
+    assert waited and err.count("is running there: waiting for it to end") == 1
     assert err.endswith("every arm diverged at every learning rate: try lower --lrs\n")
 
 

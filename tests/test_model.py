@@ -857,7 +857,7 @@ def test_a_feature_map_that_changes_the_width_is_refused_with_rope_unless_it_is_
     def twice(x):
         return torch.cat([x, -x], dim=-1).relu() + 0.1
     monkeypatch.setitem(FEATURE_MAPS, "twice", model.FeatureMap(twice, positive=True))
-    with pytest.raises(ValueError, match="rotate_first=True, or take pos=none"):
+    with pytest.raises(ValueError, match="rotate_first=True, or use pos=none"):
         tiny(feature_map="twice")
     assert tiny(feature_map="twice", pos="none")(torch.zeros(1, 5, dtype=torch.long))
     monkeypatch.setitem(FEATURE_MAPS, "twice", model.FeatureMap(twice, positive=True, rotate_first=True))

@@ -236,13 +236,13 @@ def test_the_program_ends_with_a_table_in_a_given_time_and_refuses_bad_flags_in_
     def run(*flags):
         return subprocess.run([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", *flags], cwd=ROOT, text=True,
                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    for flags, wanted in ((("--only=elu,windw16 d32",), "'windw16 d32' names no configuration; is it 'window16 d32'?"), (("--full", "--smoke"), "take one of them")):
+    for flags, wanted in ((("--only=elu,windw16 d32",), "'windw16 d32' names no configuration; is it 'window16 d32'?"), (("--full", "--smoke"), "use one of them")):
         bad = run(*flags)
         assert bad.returncode == 2 and wanted in bad.stderr and "Traceback" not in bad.stderr
     (tmp_path / "costs.json").write_text('{"elu d32": {"byt')                         # is measured again
     done = run("--only=elu", "--epochs=1", "--seeds=1", "--workers=1")
     assert done.returncode == 0 and "| elu d32 |" in done.stdout, done.stderr
-    assert "costs.json is damaged, and is measured again" in done.stderr
+    assert "costs.json is damaged and will be measured again" in done.stderr
     assert not list(tmp_path.glob("*.tmp")) and len(list(tmp_path.glob("elu-d32-*.json"))) == 1
     late = run("--only=window16 d32", "--epochs=1", "--seeds=1", "--workers=1", "--minutes=0.0001")
     assert late.returncode == 2 and "no run was finished" in late.stderr

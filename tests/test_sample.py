@@ -273,15 +273,15 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     os.mkfifo("pipe")
     for path in ("none/a.state", "pipe"):                                         # found before any text is made
         result = write(f"--save_state={path}")
-        assert f"save_state={path} must be a file in a folder that is there" in result.err and not result.out
+        assert f"save_state={path} must be a file in an existing folder" in result.err and not result.out
     for path in ("a.state", "out/ckpt.pt"):                                       # damaged; a checkpoint
         before = Path(path).read_bytes()
-        assert f"save_state={path} is there and is not a state" in refusal(f"--save_state={path}")
+        assert f"save_state={path} exists and is not a state" in refusal(f"--save_state={path}")
         assert Path(path).read_bytes() == before
     write_checkpoint(tmp_path / "out", pos="learned")
     Path("a.state").unlink()
     write("--max_new_tokens=9", "--stop=false", "--save_state=a.state")            # 1 + 8 read, 1 to read
-    assert "would have 17: take --max_new_tokens=6" in refusal("--load_state=a.state", "--max_new_tokens=7")
+    assert "would have 17: use --max_new_tokens=6" in refusal("--load_state=a.state", "--max_new_tokens=7")
     assert write("--load_state=a.state", "--max_new_tokens=6").code == 0
 
 
@@ -411,7 +411,7 @@ def test_model_py_works_without_huggingface_hub():
     (["--device=tpu"], "--device=cpu"), (["--out_dir=other"], "tokenizer here is not the one"),
     (["--out_dir=few", "--prompt=az"], "has token 122, and the model only knows those below 100"),
     (["--out_dir=learned", "--prompt=abc"], "learned positions end at 16 tokens, and prompt and text would have 33: "
-     "take --max_new_tokens=13"), (["--out_dir=learned", "--prompt=" + "a" * 16], "would have 46: shorten the prompt")])
+     "use --max_new_tokens=13"), (["--out_dir=learned", "--prompt=" + "a" * 16], "would have 46: shorten the prompt")])
 def test_bad_input_is_one_line_with_exit_code_2(refusal, tmp_path, flags, message):
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     write_checkpoint(tmp_path / "few", vocab_size=100)

@@ -31,7 +31,7 @@ def test_any_log_is_drawn_and_without_matplotlib_a_line_says_how_to_get_it(tmp_p
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot_losses(tmp_path / "nowhere")
-    assert "no loss.png: pip install matplotlib draws it\n" in capsys.readouterr().err
+    assert "no loss.png: pip install matplotlib to draw it\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
@@ -169,7 +169,7 @@ def test_a_tracker_that_is_there_but_fails_says_what_failed(refusal, monkeypatch
     (tmp_path / "wandb.py").write_text("import no_such_thing")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    assert "wandb, which does not import (ModuleNotFoundError: No module named 'no_such" in refusal("--wandb_project=x")
+    assert "wandb, which cannot be imported (ModuleNotFoundError: No module named 'no_such" in refusal("--wandb_project=x")
 
 
 def test_a_tracker_that_does_not_start_is_one_line(run, monkeypatch):

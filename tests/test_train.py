@@ -448,7 +448,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     other = write_dataset(tmp_path / "other/text")
     assert "the files of the dataset are others" in refusal(other[0])
     foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
-    assert "take --dataset of the same tokenizer" in refusal(*foreign)
+    assert "use --dataset of the same tokenizer" in refusal(*foreign)
     assert "another shape" in refusal("--dim=32", "--resume=changed", "--max_steps=15")
     assert "another optimizer" in refusal("--optimizer=muon", "--resume=changed", "--max_steps=15")
     result = run("--resume=changed", other[0], "--lr=2e-2", "--max_steps=15")
@@ -489,7 +489,7 @@ def test_changed_settings_are_each_said_and_a_batch_of_another_size_continues_in
 def test_another_length_of_sequences_says_what_of_the_text_comes_again(run, tmp_path):
     run("--max_steps=6")
     result = run("--resume=changed", "--seq_len=32", "--max_steps=8")
-    assert "cut and ordered anew, and the run continues at sequence 12" in result.err
+    assert "cut and ordered differently, and the run continues at sequence 12" in result.err
     assert load_checkpoint(Path("out/ckpt.pt"))["tokens"] == 64 * 6 + 128 * 2
 
 
@@ -522,7 +522,7 @@ def test_untied_weights_are_not_tied_and_tied_ones_may_be_untied(run, refusal):
     run("--max_steps=3", "--out_dir=tied")
     run("--max_steps=3", "--tied=false", "--out_dir=untied")
     result = run("--tied=false", "--resume=changed", "--max_steps=6", "--out_dir=tied")
-    assert result.code == 0 and "the optimizer starts anew for unembed.weight" in result.err and "tied was True, now False" in result.err
+    assert result.code == 0 and "the optimizer state is reset for unembed.weight" in result.err and "tied was True, now False" in result.err
     for flags in (["--resume=changed", "--max_steps=6", "--out_dir=untied"], ["--init_from=untied", "--tied=true", "--out_dir=new"]):
         assert "untied: its embed.weight and unembed.weight differ" in refusal(*flags)
 
@@ -613,7 +613,7 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
     (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
     (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "too short for"),
-    (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "take --seq_len below"),
+    (["--dataset=none"], "prepare.py --dataset=none"), (["--seq_len=100000"], "use --seq_len below"),
     (["--out_dir=/proc/x"], "cannot write"), (["--out_dir=" + 300 * "x"], "name too long"), (["--dataset=" + 300 * "x"], "name too long"),
     (["--out_dir=a\0b"], "embedded null byte"), (["nofile.py"], "no such config file"),
     (["--eval_only"], "no checkpoint"), (["--vocab_size=300"], "vocab_size=300 is not that of the dataset, 257")])
@@ -636,7 +636,7 @@ def test_two_runs_in_one_out_dir_are_refused_and_an_evaluation_beside_one_is_not
     for flags in ([], ["--resume=false"], ["--eval_only"]):
         at_step(monkeypatch, 4, lambda flags=flags: beside(*flags))
     assert run().code == 0 and sorted(code for code, _ in results) == [0, Busy.code, Busy.code]
-    assert all("another train.py is at work in out" in text for code, text in results if code)
+    assert all("another train.py is running in out" in text for code, text in results if code)
     assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
 
 
@@ -1009,7 +1009,7 @@ def test_a_softmax_model_becomes_a_linear_one_that_keeps_all_weights_and_says_wh
 @pytest.mark.parametrize("flags, message", [
     (["--init_from=none", "--out_dir=new"], "there is no none: train first"),
     (["--init_from=out/none", "--out_dir=new"], "there is no out/none: train first"),
-    (["--init_from=out"], "init_from=out lies in out_dir"), (["--init_from=out/best.pt"], "take another --out_dir"),
+    (["--init_from=out"], "init_from=out lies in out_dir"), (["--init_from=out/best.pt"], "use another --out_dir"),
     (["--init_from=out", "--out_dir=new", "--dim=32"], "another shape (dim was 16, now 32): blocks.0.mlp.out.weight and"),
     (["--init_from=out", "--out_dir=new", "--depth=2"], "depth was 1, now 2"),
     (["--init_from=out", "--out_dir=new", "--norm=layer"], "norm was rms, now layer"),
