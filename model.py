@@ -360,8 +360,8 @@ def taylor(x):
     x = x * d ** -0.25
     i, j = torch.triu_indices(d, d, device=x.device)
     weight = (0.5 + 0.5 * (i != j).to(x.dtype)).sqrt()
-    quadratic = x[..., i] * x[..., j] * weight
-    return torch.cat([torch.ones_like(x[..., :1]), x, quadratic], dim=-1)
+    squares = x[..., i] * x[..., j] * weight
+    return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
 
 
 FEATURE_MAPS = {
@@ -500,8 +500,9 @@ class CausalConv(nn.Module):
         T = x.shape[1]
         past = len(self.weight) - 1
         if state is None:
-            state = x.new_zeros(x.shape[0], past, x.shape[2])
-        x = torch.cat([state, x], dim=1)                              # (B,past+T,channels)
+            x = F.pad(x, (0, 0, past, 0))                             # (B,past+T,channels)
+        else:
+            x = torch.cat([state, x], dim=1)
         if x.is_cpu and T > 1:
             y = speedups.causal_conv(x, self.weight)                  # the sum below, in one pass
         else:
