@@ -18,7 +18,8 @@ from configurator import Failed, UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.files import read_text                                               # support comes before torch
+from support.checks import at_least                                               # support comes before torch
+from support.files import read_text
 from support.machine import out_of_memory
 
 import torch
@@ -51,9 +52,8 @@ class EvalConfig:
             raise ValueError("there is nothing to measure: give --file=TEXT, or --tasks=NAME,NAME")
         if self.file and self.tasks:
             raise ValueError(f"file={self.file} and tasks={self.tasks} are two measurements: leave out one of them")
-        for key, low in (("context", 0), ("limit", 0), ("batch_size", 1)):
-            if getattr(self, key) < low:
-                raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
+        at_least(self, 0, "context", "limit")
+        at_least(self, 1, "batch_size")
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.files import check_target, read_text, replacing                      # support comes before torch
+from support.checks import at_least                                               # support comes before torch
+from support.files import check_target, read_text, replacing
 from support.machine import out_of_memory, say
 
 import torch
@@ -66,9 +67,8 @@ class SampleConfig:
     load_state: str = ""             # continue from there, with num_samples texts; a prompt is read after it
 
     def __post_init__(self):
-        for key, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if getattr(self, key) < low:
-                raise ValueError(f"{key} must be at least {low}, got {getattr(self, key)}")
+        at_least(self, 1, "num_samples", "max_new_tokens")
+        at_least(self, 0, "temperature", "top_k")
         if self.num_samples > 2**16:
             raise ValueError(f"num_samples must be at most {2**16}, got {self.num_samples}")
         if 0 < self.temperature < 1e-3:

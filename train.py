@@ -25,7 +25,8 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__, "model.py")
 
-from support.dataset import Dataset, Windows, load_tokenizer                      # support comes before torch
+from support.checks import at_least, require                                      # support comes before torch
+from support.dataset import Dataset, Windows, load_tokenizer
 from support.files import locked
 from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,
                              out_of_memory, peak_memory, pick_device, pick_precision, processes, progress, reduce,
@@ -38,7 +39,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import LM, ModelConfig, require
+from model import LM, ModelConfig
 from checkpoint import (CHANGED, check_evaluation, clear, find_checkpoint, is_finished, keep, load_model,
                         load_pretrained, refuse_changes, restore_run, save_run, settings_to_start_from, start_from)
 
@@ -90,19 +91,15 @@ class TrainConfig:
             "keep_last", "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
 
     def __post_init__(self):
-        least = dict.fromkeys(("batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
-                               "save_interval", "keep_last", "max_skips"), 1)
-        least |= dict.fromkeys(("warmup_steps", "lr", "weight_decay", "grad_clip", "seed", "decay_frac", "beta1",
-                                "beta2"), 0)
-        for key, low in least.items():
-            require(getattr(self, key) >= low, f"{key} must be at least {low}, got {getattr(self, key)}")
+        at_least(self, 1, "batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
+                 "save_interval", "keep_last", "max_skips")
+        at_least(self, 0, "warmup_steps", "lr", "weight_decay", "grad_clip", "seed", "decay_frac", "beta1", "beta2")
         products = {"lr": self.lr, "weight_decay": self.weight_decay, "grad_clip": self.grad_clip,
                     "lr times weight_decay": self.lr * self.weight_decay}
         for key, value in products.items():
             require(value <= 1e38, f"{key} must be in the range of fp32, to 1e38, got {value}")
         require(self.decay_frac <= 1, f"decay_frac must be in 0..1, got {self.decay_frac}")
-        for key in ("beta1", "beta2"):
-            require(getattr(self, key) < 1, f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
+        require(max(self.beta1, self.beta2) < 1, f"beta1 and beta2 must be below 1, got {self.beta1} and {self.beta2}")
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")
@@ -442,9 +439,8 @@ def train(config, model_config, checkpoint, data, device):
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
     if config.warmup_steps >= config.max_steps:
-        say(f"warmup_steps={config.warmup_steps} is not below max_steps={config.max_steps}: lr only rises, to "
-            f"{config.max_steps / (config.warmup_steps + 1):.0%} of its peak; --warmup_steps={config.max_steps // 10} "
-            "would leave it steps to fall")
+        say(f"warmup_steps={config.warmup_steps} is not below max_steps={config.max_steps}, so lr only rises, to "
+            f"{config.max_steps / (config.warmup_steps + 1):.0%} of its peak: use {config.max_steps // 10} or so")
     run.train()
     flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
     say("done: python sample.py " + shlex.join(flags))

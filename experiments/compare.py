@@ -47,7 +47,8 @@ from configurator import UserError, command, configure, help_first, joined, read
 
 help_first(__name__, __file__)
 
-from support.dataset import Dataset, Windows                                      # support comes before torch
+from support.checks import at_least                                               # support comes before torch
+from support.dataset import Dataset, Windows
 from support.files import check_target, read_json, replacing, write_json
 from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
 from support.measure import cast_for_decoding, decoding_calls
@@ -83,9 +84,7 @@ class CompareConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
 
     def __post_init__(self):
-        for key in ("seeds", "jobs", "longer"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        at_least(self, 1, "seeds", "jobs", "longer")
         if self.minutes < 0:
             raise ValueError(f"minutes must not be negative, got {self.minutes}")
         try:

@@ -6,13 +6,16 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-AT_LEAST = {"vocab_size": 1, "dim": 1, "depth": 1, "n_heads": 1, "seq_len": 1, "chunk_size": 1, "window": 1,
-            "feature_dim": 0, "mlp_ratio": 0, "dropout": 0}
-
 
 def require(condition, message):
     if not condition:
         raise ValueError(message)
+
+
+def at_least(config, least, *names):
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{name} must be at least {least}, got {value}")
 
 
 def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
@@ -34,9 +37,8 @@ def check_config(config, mixers, feature_maps):
         if get_origin(kind) is Literal:
             check_choice(name, getattr(config, name), get_args(kind))
     check_choice("feature_map", config.feature_map, feature_maps, " (one of your own needs --plugin=FILE)")
-    for name, least in AT_LEAST.items():
-        value = getattr(config, name)
-        require(value >= least, f"{name} must be at least {least}, got {value}")
+    at_least(config, 1, "vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window")
+    at_least(config, 0, "feature_dim", "mlp_ratio", "dropout")
     require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
     require(config.mixers and {*config.mixers} <= {*mixers},
             f"mixers must be a pattern of {', '.join(mixers)}, got {' '.join(config.mixers) or 'nothing'!r}")

@@ -551,7 +551,7 @@ def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_
     assert run(*flags).code == 0
     model.MIXERS.pop("mean")
     sys.modules.pop("plugin_mine")
-    assert "name it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
+    assert "pass it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
     assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
 
 
@@ -607,7 +607,7 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--grad_accum=3"], "multiple of grad_accum"),
     (["--seed=1e40"], "must be a whole number"), ([f"--seed={2**64}"], "below 2**63"), (["--max_steps=0"], "at least 1"),
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
-    (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
+    (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 and beta2 must be below 1, got 1.0"),
     (["--batch_size=10**30", "--grad_accum=10**30"], "batch_size must be below"),
     (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
     (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
@@ -874,7 +874,7 @@ def test_metrics_have_the_fields_of_the_contract(run):
 def test_a_warmup_that_never_ends_is_said_to_end_with_so_much_of_the_peak(run, tmp_path):
     assert "warmup_steps" not in run("--warmup_steps=11", at="shorter").err
     for steps, share in ((12, 12 / 13), (23, 0.5)):
-        said = f"warmup_steps={steps} is not below max_steps=12: lr only rises, to {share:.0%} of its peak; --warmup_steps=1 "
+        said = f"warmup_steps={steps} is not below max_steps=12, so lr only rises, to {share:.0%} of its peak: use 1 "
         assert said in run(f"--warmup_steps={steps}", at=str(steps)).err
         assert max(r["lr"] for r in records(tmp_path / str(steps)) if "lr" in r) == pytest.approx(1e-2 * share)
 
