@@ -130,13 +130,13 @@ def hidden_rows(model, rows):
 
 
 def default_context(model):
-    """seq_len where no state of fixed size holds all before; 0 elsewhere."""
+    """seq_len for a model with a growing state or learned positions; 0, one pass, for all others."""
     bounded = model.config.pos == "learned" or "softmax" in model.config.mixers
     return model.config.seq_len if bounded else 0
 
 
 def harness_model(model, tokenizer, context, batch_size):
-    """The model as lm-evaluation-harness wants it."""
+    """The model with the interface of lm-evaluation-harness."""
     from lm_eval.api.model import TemplateLM
 
     class Harness(TemplateLM):

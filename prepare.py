@@ -7,13 +7,13 @@
     python prepare.py --dataset=stories --hub=roneneldan/TinyStories   any text dataset of the Hugging Face hub
     python prepare.py --dataset=c4 --verify                            checks every byte, joins what was copied together
 
-A .bin is the little-endian ids of its documents, each followed by end-of-text. Every source, which is a large file, a
-group of small ones or a shard of the hub, becomes .bin files of its own, in a process of its own, committed in three
-steps: temporary name, fsync, rename; then its record, a small .json, in the same way; when all are there,
-manifest.json, the join of the records. So a kill at any moment loses the sources under way and no others, the same
-command ends with the same bytes, and machines that share the work need no coordination: copy their folders together
-and --verify. (One manifest that grows with every shard would need a lock.) Records and manifest end with a checksum of
-themselves; training checks that and sizes, --verify all the bytes.
+A .bin holds the little-endian ids of its documents, each followed by end-of-text. A source is a large file, a group of
+small ones, or a shard of the hub. One process writes its .bin files and commits them in three steps: temporary name,
+fsync, rename. Then it commits their record, a small .json, in the same way. When all records are there, they are joined
+in manifest.json. So a kill at any moment loses only the sources in progress, the same command ends with the same bytes,
+and machines that share the work need no coordination: copy their folders together and --verify. (A manifest that grows
+with every shard would need a lock.) Records and manifest end with a checksum of themselves; training checks these and
+the sizes of the .bin files, --verify every byte.
 """
 import concurrent.futures as futures
 import contextlib
@@ -126,14 +126,14 @@ class Source:
             raise unreadable(error.filename or self.name, error) from None
 
     def sha256(self):
-        """Of a local file; of the hashes of several; None of what is on the hub, at a revision that does not change."""
+        """The hash of a local file, or of the hashes of several; None for the hub, whose revision does not change."""
         sums = self.of_each(file_sha256)
         if len(sums) > 1:
             return hashlib.sha256("".join(sums).encode()).hexdigest()
         return sums[0] if sums else None
 
     def state(self):
-        """What shows that a file has been written to, even where it has the size it had."""
+        """What changes whenever a file is written to, even if its size stays the same."""
         return [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in self.of_each(os.stat)]
 
     def bins(self):
@@ -142,7 +142,7 @@ class Source:
 
 
 def list_sources(config):
-    """The sources, and what their records say of where they are from."""
+    """The sources, and what their records say about their origin."""
     if config.data_files:
         return local_sources(*find_files(config.data_files), config.val_fraction), {"origin": "local files"}
     if config.hub:
@@ -155,8 +155,8 @@ def list_sources(config):
 
 
 def local_sources(paths, base, val_fraction):
-    """Files whose names, or folders below base, say validation are the validation split; else a share of all text is:
-    whole documents where there are many, the tail of each .txt where there are few and long."""
+    """Files that are named as validation, or whose folder below base is, become the validation split. If none is, a share
+    of all text does: whole documents where there are many, the tail of each .txt where there are few."""
     validation = {path for path in paths if held_out(path, base)}
     if len(validation) == len(paths):
         raise UserError(f"--data_files: all {len(paths)} files are named as validation files: none is left to train on")
@@ -218,7 +218,7 @@ def c4_sources(config):
 
 def hub_sources(config):
     """The shards of a dataset that `datasets` reads. The records keep the revision and the number of shards, so that
-    what is added on the hub does not change a dataset that is under way, and a finished one needs no network."""
+    a later revision on the hub does not change a dataset in progress, and a finished one needs no network."""
     local = os.path.exists(config.hub)
     asked = {"origin": "hub", "hub": os.path.basename(os.path.abspath(config.hub)) if local else config.hub,
              "config": config.config, "text_field": config.text_field, "max_documents": config.max_documents}
@@ -267,7 +267,7 @@ def end_with_parent():
 
 
 def encode_source(index, source):
-    """Makes sure that a source is committed. Tells PROGRESS[1 + 2 * index] the bytes read, the next cell the tokens."""
+    """Commits a source, if it is not yet. PROGRESS[1 + 2 * index] counts the bytes read, the next cell the tokens."""
     record = read_record(CONFIG.folder / source.record)
     state = source.state()
     sha256 = source.sha256()  # a worker's task: it takes long
@@ -282,7 +282,7 @@ def encode_source(index, source):
 
 
 def room_for(source):
-    """How many documents of --max_documents the shards of the same split before this one leave; None: any number."""
+    """How many of --max_documents the earlier shards of the same split left for this one; None: no limit."""
     if not CONFIG.max_documents:
         return None
     kind, number = source.stem.split("-")
@@ -377,7 +377,7 @@ def remove(folder, *names):
 
 
 def pick_tokenizer(config, sources):
-    """What was asked for; else that of what is there already; else bytes for little text, which teach a small model."""
+    """The one asked for, else that of the existing records, else gpt2, or bytes for little text and a small model."""
     if config.tokenizer != "auto":
         return config.tokenizer
     if made := first_record(config.folder):
@@ -400,8 +400,8 @@ def one_entry(record):
 
 
 def check_same_work(folder, options, sources):
-    """Refuses to mix a finished dataset, or what was downloaded of one, with anything that this command would not have
-    written itself. Of local files that were never finished, what does not fit is made again."""
+    """Refuses to mix a finished dataset, or a partly downloaded one, with anything that this command would not have
+    written itself. In a dataset of local files that was never finished, what does not fit is made again."""
     planned = {source.record: source for source in sources}
     finished = (folder / "manifest.json").exists()
     for path in list_records(folder):
@@ -414,7 +414,7 @@ def check_same_work(folder, options, sources):
 
 
 def difference(folder, record, options, source):
-    """How a record is not what this command would have made of a source; "" if it is."""
+    """How a record differs from what this command would make of the source; "" if it does not."""
     made, asked = record | one_entry(record), options
     if source:
         asked = asked | {"source": source.name}

@@ -95,7 +95,7 @@ class SampleConfig:
 
 @dataclass
 class TextState:
-    """Where a text stopped: all that its continuation depends on, in the same size however long the text is."""
+    """Where a text stopped: everything its continuation depends on, of the same size however long the text is."""
     model: dict = None               # the model's state
     unread: list = field(default_factory=list)  # the token that this state has not read: the last one
     half: bytes = b""                # of a character whose other bytes are still to come
@@ -182,7 +182,7 @@ def check_positions(state, config, max_new_tokens):
 
 
 def positions_left(state, config):
-    """How many more tokens the model can read: without learned positions, any number."""
+    """How many more tokens the model can read; without learned positions there is no limit."""
     read = int(state.model["tokens"]) if state.model else 0
     return config.seq_len - read if config.pos == "learned" else sys.maxsize
 

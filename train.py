@@ -7,7 +7,7 @@
     python train.py config/finetune.py --init_from=out/base --dataset=mine    starts from its weights, on other text
     torchrun --standalone --nproc_per_node=2 train.py config/base.py    the same run on two GPUs, or CPU processes
 
-Everything of a run is in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
+All files of a run are in out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), metrics.jsonl (one
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
@@ -131,7 +131,7 @@ RUINED = 100  # nats per token: no model that has learned anything has such a lo
 
 
 class Run:
-    """A training run: the model, the optimiser, how far it has come, and the files in out_dir that hold them."""
+    """A training run: the model, the optimiser, its progress, and the files in out_dir that hold them."""
 
     def __init__(self, config, model_config, data, device):
         self.config = config
@@ -158,7 +158,7 @@ class Run:
         self.skips_in_a_row = 0
 
     def train(self):
-        """To max_steps, or to the first signal. Each step: make it; where due, read, log, save and evaluate."""
+        """Trains to max_steps, or to the first signal: a step, then reading, logging, saving, evaluating where due."""
         config = self.config
         signals = stop_at_signals()
         stop = 0
@@ -189,7 +189,7 @@ class Run:
         self.end(stop)
 
     def end(self, stop):
-        """Says how a run ended that was stopped, or whose last weights are bad, and exits."""
+        """Where the run was stopped, or its last weights are bad, says so and exits."""
         then = "leave out --resume=false to resume" if self.config.resume is False else "the same command resumes"
         if self.saved != self.step:
             then = f"its weights give no good loss, and {self.last_good()}"
@@ -251,7 +251,7 @@ class Run:
             self.journal.text(self.step, self.sample())
 
     def sample(self, count=100):
-        """A text of the model as it is now, always with the same dice."""
+        """A text by the model as it is now, always with the same random numbers."""
         tokenizer = load_tokenizer(self.data.manifest["tokenizer"])
         idx = torch.tensor([[tokenizer.eot]], device=self.device)
         if self.model_config.pos == "learned":
@@ -280,7 +280,7 @@ class Run:
             keep(self.latest, self.step, self.config.keep_last)
 
     def is_sound(self):
-        """Do the weights give a good loss, and can steps be taken from them? Those of 1e30 give one, and no steps."""
+        """Whether the weights give a good loss and can be trained further: of 1e30 they may only give the loss."""
         first = self.sequences + RANK * self.config.passes * self.config.piece    # of the batch that comes next
         x, y = self.windows.batch(range(first, first + self.config.piece), self.model_config.vocab_size, self.device)
         parameters = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]  # of shards
@@ -299,7 +299,7 @@ class Run:
             keep(self.latest, self.step, self.config.keep_last)                   # a kill may have come just before it
 
     def spread(self):
-        """Over the processes: the model whole in each, gradients averaged while backward still runs; or in shards."""
+        """Distributes the model: whole in each process, with gradients averaged during backward, or in shards."""
         if len({*gather(self.step)}) > 1:                                         # also waits until all have read
             raise UserError(f"the processes find different checkpoints: out_dir={self.out_dir} must be one folder, on "
                             "a file system that all machines share")

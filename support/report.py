@@ -1,4 +1,4 @@
-"""What a run tells: the log, who else watches it, tables and pictures."""
+"""What a run reports: the log, trackers, tables and pictures."""
 import contextlib
 import dataclasses
 import html
@@ -33,7 +33,7 @@ class Log:
 
     @staticmethod
     def read(path):
-        """The records of a metrics.jsonl, without the line in whose middle a kill came; other bad lines are named."""
+        """The records of a metrics.jsonl, without a last line cut by a kill; other bad lines are reported."""
         records = []
         bad = []
         lines = []
@@ -104,8 +104,8 @@ class TensorBoard:
 class WandB:
     """The same for Weights & Biases, over a step of our own: theirs only grows, and drops what comes at or below it.
 
-    The id in out_dir/wandb_id lets a resumed run continue as the same one there. After going back to an earlier
-    checkpoint with changed settings it is a new one: there the steps in between are of a run that is no more.
+    The id in out_dir/wandb_id lets a resumed run continue as the same one there. A run that goes back to an earlier
+    checkpoint with changed settings gets a new id, since the steps in between belong to the abandoned run.
     """
 
     package = "wandb"
@@ -164,7 +164,7 @@ def wanted_trackers(config):
 
 
 class Journal:
-    """What a run tells while it goes, by its first process: to the log, to who else watches it, to the terminal."""
+    """What the first process of a run reports: to the log, the trackers and the terminal."""
 
     def __init__(self, run, fresh):
         self.steps = run.config.max_steps
@@ -211,7 +211,7 @@ class Journal:
 
 
 class Pace:
-    """How fast a run is, and early in it how long it will take."""
+    """The speed of a run, and early on an estimate of how long it will take."""
 
     def __init__(self, step, tokens, steps):
         self.first = step
@@ -221,7 +221,7 @@ class Pace:
         self.restart(step, tokens)
 
     def restart(self, step, tokens):
-        """From here on: an evaluation does not count."""
+        """Measures from here on, so that an evaluation does not count."""
         self.reported = (step, tokens, time.perf_counter())
         self.began = self.reported
 
@@ -243,7 +243,7 @@ class Pace:
         return (self.steps - step) * self.seconds_each
 
     def is_due(self, step):
-        """Is this one of the steps that the forecast is made from?"""
+        """Whether the forecast uses this step."""
         return not self.told and step - self.first in (1, 3)
 
     def forecast(self, step, tokens):
@@ -299,7 +299,7 @@ def spread(*columns):
 
 
 def picture(path, draw, told="wrote", **panels):
-    """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so: no run fails."""
+    """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so, no more."""
     try:
         os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
         import matplotlib
@@ -323,7 +323,7 @@ def picture(path, draw, told="wrote", **panels):
 
 
 def plot_losses(out_dir):
-    """loss.png from metrics.jsonl. The run is done: whatever fails here is a line."""
+    """loss.png from metrics.jsonl. The run is done, so a failure here is only reported."""
     def draw(axes):
         records = Log.read(out_dir / "metrics.jsonl")
         for key, style in (("loss", {"linewidth": 1, "alpha": 0.7}), ("val_loss", {"marker": "o", "markersize": 3})):

@@ -1,4 +1,4 @@
-"""A dataset while it is made: its token files, their records, the manifest that joins these, and what is held out."""
+"""A dataset in the making: its token files, their records, the manifest that joins them, and what is held out."""
 import collections
 import contextlib
 import hashlib
@@ -51,11 +51,13 @@ class Bin:
 
 
 def hash_limit(found, fraction):
-    """Documents whose CRC-32 is below this are validation: by content, so that the same text is never in both splits.
+    """Documents whose CRC-32 is below this limit are validation: by content, so no text is in both splits.
 
-    Of much text that is this fraction of all values. Of little, chance may hold out far too much or nothing: then it is
-    the limit that comes nearest. None, the tail of each document, where no limit comes near: there may be only one.
-    Returns the limit, and what was found, some of which had to be read to tell."""
+    For much text the limit is this fraction of all CRC-32 values. For little text that could by chance hold out far too
+    much, or nothing; then the limit is chosen that comes nearest to the fraction. It is None where no limit comes near,
+    as for a single document: then the tail of each document is held out.
+    Returns: the limit; and an iterator over `found`, some of which had to be read ahead.
+    """
     limit = int(fraction * 2**32)
     sizes = collections.Counter()
     read_ahead = []
@@ -82,7 +84,7 @@ def hash_limit(found, fraction):
 
 
 def check_disk(folder, options, text):
-    """Estimates from above, for English, what is to be written of so many bytes: a GPT-2 token is 4 bytes."""
+    """UserError where the disk is too small, by an upper estimate for English text: 4 bytes per GPT-2 token."""
     need = text * np.dtype(options["dtype"]).itemsize // (4 if options["tokenizer"] == "gpt2" else 1)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
@@ -92,7 +94,7 @@ def check_disk(folder, options, text):
 
 
 def made_files(folder, ending):
-    """The files of sources, by name; whatever else lies in the folder is the user's."""
+    """The files of sources, by name. All other files in the folder are the user's."""
     name = re.compile(rf"(train|val|both)-\d{{5,}}\.{ending}")
     return sorted(path for path in folder.glob("*-*") if name.fullmatch(path.name))
 
@@ -102,7 +104,7 @@ def list_records(folder):
 
 
 def read_record(path):
-    """The record of a committed source; None where it is missing or damaged, so that the source is done again."""
+    """The record of a committed source; None where it is missing or damaged: then the source is encoded again."""
     with contextlib.suppress(UserError):
         return read_sealed(path)
 
@@ -120,7 +122,7 @@ def write_manifest(folder):
 
 
 def verify(folder):
-    """Checks every file of the dataset to the last bit, then writes the manifest that joins all records."""
+    """Checks every byte of the dataset, then writes the manifest that joins all records."""
     found = []
     listed = set()
     records = {path: read_sealed(path) for path in list_records(folder)}

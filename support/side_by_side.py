@@ -1,4 +1,4 @@
-"""Processes side by side: which GPUs there are, who gets one, what a process is told, and that it ends with us."""
+"""Processes side by side: which GPUs there are, who gets one, and that all end with the program that started them."""
 import ctypes
 import heapq
 import multiprocessing
@@ -15,7 +15,7 @@ BUSY = 4  # the exit code of a process started here whose folder another one is 
 
 
 def visible_gpus(device):
-    """What CUDA_VISIBLE_DEVICES is for each visible GPU alone; [None] on a CPU, or where the user named one GPU."""
+    """CUDA_VISIBLE_DEVICES for each visible GPU alone; [None] on a CPU, or where the user named one GPU."""
     if device.type != "cuda" or device.index is not None:
         return [None]
     count = torch.cuda.device_count()
@@ -25,7 +25,7 @@ def visible_gpus(device):
 
 
 class Slots:
-    """Places for processes: `jobs` on each GPU, or on the CPU. Of those that wait, the lowest priority is next."""
+    """Slots for processes: `jobs` on each GPU, or on the CPU. The lowest priority that waits is next."""
 
     def __init__(self, gpus, jobs):
         self.free = gpus * jobs
@@ -35,7 +35,7 @@ class Slots:
 
     @contextmanager
     def take(self, priority):
-        """Waits for a place, and yields its GPU: the one with most places free."""
+        """Waits for a free slot and yields its GPU: the one with most free slots."""
         with self.changed:
             heapq.heappush(self.waiting, priority)
             self.changed.wait_for(lambda: self.free and self.waiting[0] == priority)
@@ -67,14 +67,14 @@ except (AttributeError, OSError, TypeError):                                    
 
 
 def end_with_parent():
-    """For Popen's preexec_fn: the process gets a SIGTERM when we end, however that is. On Linux only."""
+    """For Popen's preexec_fn: the process gets a SIGTERM when its parent ends, even by kill -9. On Linux only."""
     if prctl:
         set_parent_death_signal = 1
         prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def watch_parent():
-    """In a process of multiprocessing: ends it when its parent has ended, however that was."""
+    """In a process of multiprocessing: ends it when its parent has ended, even by kill -9."""
     parent = multiprocessing.parent_process()
 
     def watch():
