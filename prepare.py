@@ -155,8 +155,8 @@ def list_sources(config):
 
 
 def local_sources(paths, base, val_fraction):
-    """Files that are named as validation, or whose folder below base is, become the validation split. If none is, a share
-    of all text does: whole documents where there are many, the tail of each .txt where there are few."""
+    """Files named as validation, or in a folder below base that is, become the validation split. If there are none, a
+    share of all text does: whole documents where there are many, the tail of each .txt where there are few."""
     validation = {path for path in paths if held_out(path, base)}
     if len(validation) == len(paths):
         raise UserError(f"--data_files: all {len(paths)} files are named as validation files: none is left to train on")
