@@ -81,7 +81,8 @@ def decays(g):
     j = token
     masked = (j > i) | (j < last_reset[..., None])
     # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
-    decay = (G[..., :, None] - G[..., None, :]).masked_fill(masked, -math.inf).exp()
+    log_decay = G[..., :, None] - G[..., None, :]
+    decay = log_decay.masked_fill(masked, -math.inf).exp()
     since_start = G.exp().masked_fill(last_reset >= 0, 0)
     until_end = decay[..., -1, :]
     return decay, since_start[..., None], until_end[..., None]
@@ -288,7 +289,8 @@ def pad_time(x, count):
 def rope_table(positions, width):
     """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
     wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 rad off at 10^6
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
+    even = torch.arange(0, width, 2, device=positions.device, dtype=wide)  # 2i
+    frequency = 10000.0 ** (-even / width)
     angle = positions.to(wide)[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -751,7 +753,8 @@ class Block(nn.Module):
         y, state = self.mixer(self.norm1(x), state, ropes)
         x = x + F.dropout(y, self.dropout, self.training)
         if self.mlp is not None:
-            x = x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+            y = self.mlp(self.norm2(x))
+            x = x + F.dropout(y, self.dropout, self.training)
         return x, state
 
 
