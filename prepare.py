@@ -8,15 +8,15 @@
     python prepare.py --dataset=c4 --verify                            checks every byte, joins what was copied together
 
 A .bin holds the little-endian ids of its documents, each followed by end-of-text. A source is a large file, a group of
-small ones, or a shard of the hub. One process writes its .bin files and commits them in three steps: temporary name,
-fsync, rename. Then it commits their record, a small .json, in the same way. When all records are there, they are joined
-in manifest.json. So a kill at any moment loses only the sources in progress, the same command ends with the same bytes,
-and machines that share the work need no coordination: copy their folders together and --verify. (A manifest that grows
-with every shard would need a lock.) Records and manifest end with a checksum of themselves; training checks these and
-the sizes of the .bin files, --verify every byte.
+small ones, or a shard of the hub. One process commits its .bin files (temporary name, fsync, rename), and then their
+record, a small .json. When all records are there, they are joined in manifest.json. So a kill at any moment loses only
+the sources in progress, the same command ends with the same bytes, and machines that share the work need no
+coordination: copy their folders together and --verify. (A manifest that grows with every shard would need a lock.)
+Records and manifest end with a checksum of themselves; training checks these and sizes, --verify every byte.
 """
 import concurrent.futures as futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -48,6 +48,7 @@ C4_TRAIN = 1024
 C4_VAL = 8
 GROUP = 1 << 26  # files share a .bin until they are so many bytes: it should be much longer than a context
 SMALL = 1 << 24  # so few bytes of text are for the byte tokenizer
+cached_tokenizer = functools.lru_cache(load_tokenizer)  # a worker loads it once
 
 
 @dataclass
@@ -251,11 +252,9 @@ def hub_sources(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers: one call of encode_source per source.
 
-def start_worker(config, options, progress):
-    global CONFIG, OPTIONS, TOKENIZER, PROGRESS
+def start_worker(config, progress):
+    global CONFIG, PROGRESS
     CONFIG = config
-    OPTIONS = options
-    TOKENIZER = load_tokenizer(options["tokenizer"])
     PROGRESS = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent says what to do
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -266,8 +265,11 @@ def end_with_parent():
     os._exit(1)  # a killed parent must not leave writers behind that its successor would meet
 
 
-def encode_source(index, source):
+def encode_source(index, source, options):
     """Commits a source, if it is not yet. PROGRESS[1 + 2 * index] counts the bytes read, the next cell the tokens."""
+    global OPTIONS, TOKENIZER
+    OPTIONS = options
+    TOKENIZER = cached_tokenizer(options["tokenizer"])
     record = read_record(CONFIG.folder / source.record)
     state = source.state()
     sha256 = source.sha256()  # a worker's task: it takes long
@@ -350,6 +352,19 @@ def texts(source, tally):
 def prepare(config):
     """Makes the dataset, or what is still missing of it; returns its manifest and its sources."""
     sources, origin = list_sources(config)
+    with workers(config, len(sources)) as (pool, progress, tasks):
+        options = options_of(config, sources, origin)
+        encode_all(pool, progress, tasks, config, sources, options)
+    try:
+        return write_manifest(config.folder), sources
+    except NoDocuments:  # no dataset after all: nothing is left of it. After any other error everything is
+        for source in sources:
+            remove(config.folder, source.record, *source.bins().values())
+        raise
+
+
+def options_of(config, sources, origin):
+    """What all records say alike, after everything that could stop the work was checked."""
     tokenizer = load_tokenizer(pick_tokenizer(config, sources))
     options = {"dataset": config.dataset, **origin, "tokenizer": tokenizer.name, "tokenizer_hash": tokenizer.hash,
                "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name}
@@ -358,16 +373,9 @@ def prepare(config):
     check_same_work(config.folder, options, sources)
     missing = [source for source in sources if not (config.folder / source.record).exists()]
     check_disk(config.folder, options, text_size(missing))
-    for stale in [path for name in ("*-*.bin", "*-*.json", "manifest.json") for path in leftovers(config.folder, name)]:
-        with contextlib.suppress(OSError):
-            stale.unlink()
-    encode_all(config, options, sources)
-    try:
-        return write_manifest(config.folder), sources
-    except NoDocuments:  # no dataset after all: nothing is left of it. After any other error everything is
-        for source in sources:
-            remove(config.folder, source.record, *source.bins().values())
-        raise
+    for name in ("*-*.bin", "*-*.json", "manifest.json"):
+        remove(config.folder, *(path.name for path in leftovers(config.folder, name)))
+    return options
 
 
 def remove(folder, *names):
@@ -432,18 +440,20 @@ def changed(folder, source):
             "record and the same command makes it again, or use another --dataset name")
 
 
-def encode_all(config, options, sources):
-    """encode_source for all sources, in worker processes."""
+@contextlib.contextmanager
+def workers(config, count):
+    """A pool of processes, which start while this one still plans; its shared counters; its tasks. Ends them all."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-    progress = spawn.RawArray("q", 1 + 2 * len(sources))  # a stop flag, then cells with one writer each: no lock
-    workers = min(len(sources), config.processes or usable_cores())
+    progress = spawn.RawArray("q", 1 + 2 * count)  # a stop flag, then cells with one writer each: no lock
+    processes = min(count, config.processes or usable_cores())
     if config.max_documents:  # each shard takes what those before it left
-        workers = 1
-    with futures.ProcessPoolExecutor(workers, spawn, start_worker, (config, options, progress)) as pool:
+        processes = 1
+    with futures.ProcessPoolExecutor(processes, spawn, start_worker, (config, progress)) as pool:
         tasks = []
         try:
-            tasks += [pool.submit(encode_source, index, source) for index, source in enumerate(sources)]
-            watch(tasks, progress, config.dataset, sum(source.size for source in sources))
+            for _ in range(processes):
+                pool.submit(int)  # a process is started when there is something to do
+            yield pool, progress, tasks
         except futures.process.BrokenProcessPool:
             raise UserError("a worker process was killed, perhaps because memory ran out: try fewer --processes; the "
                             "same command continues where this one stopped") from None
@@ -459,12 +469,14 @@ def encode_all(config, options, sources):
                 manager.join(timeout=10)
 
 
-def watch(tasks, progress, name, size):
-    """Waits for the tasks behind one progress bar over the bytes of all, or raises the error of one that fails."""
-    from tqdm import tqdm  # imported here, it costs no time: the workers start meanwhile
+def encode_all(pool, progress, tasks, config, sources, options):
+    """encode_source for all sources in the pool, with one progress bar over the bytes of all."""
+    for index, source in enumerate(sources):
+        tasks.append(pool.submit(encode_source, index, source, options))
+    from tqdm import tqdm  # imported here, it costs no time: the workers are busy
     start = time.monotonic()
-    with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, delay=1,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with tqdm(total=sum(source.size for source in sources) or None, desc=config.dataset, unit="B", unit_scale=True,
+              delay=1, mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         waiting = tasks
         while waiting:
             done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)

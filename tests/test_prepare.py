@@ -913,7 +913,7 @@ STUCK = '''
 import os, pathlib, signal, sys, threading, time
 import prepare
 
-def task(index, source):
+def task(index, source, options):
     if index:
         stop = lambda: (pathlib.Path("stopped").touch(), os.kill(os.getpid(), signal.SIGSTOP))
         return threading.Timer(0.1, stop).start()
