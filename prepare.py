@@ -34,7 +34,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError, command, configure, help_first, printable
+from configurator import UserError, command, configure, escape, help_first
 
 help_first(__name__, __file__)
 
@@ -42,8 +42,8 @@ from support.advice import next_steps, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
 from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
-from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
-                           read_hub, split_tail, unreadable, valid)
+from support.texts import (MEANINGS, Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard,
+                           read, read_hub, split_tail, unreadable, valid)
 
 C4, C4_TRAIN, C4_VAL = "allenai/c4", 1024, 8  # the repository on the hub, and how many files it has
 GROUP = 1 << 26  # files share a .bin until they are so many bytes: it should be much longer than a context
@@ -94,7 +94,7 @@ class PrepareConfig:
 
     @property
     def folder(self):
-        return Path(self.data_dir).expanduser() / self.dataset
+        return Path(self.data_dir) / self.dataset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,21 +472,20 @@ def encode_all(config, options, sources):
 def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
-    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
-          f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify)
+    lines = [f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
+             f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify]
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
-        print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
+        lines.append(f"  validation: {', '.join(held[:20])}" + f" and {len(held) - 20} more" * (len(held) > 20))
     elif any(source.stem.startswith("both-") for source in sources):
-        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
-              + ": no name says val" * bool(config.data_files))
-    for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
-                         ("repaired", "texts with invalid characters, now U+FFFD")):
+        lines.append(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
+                     + ": no name says val" * bool(config.data_files))
+    for key, meaning in MEANINGS.items():
         if count := sum(entry.get(key, 0) for entry in entries):
-            print(f"  {count:,} {meaning}")
-    for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
-        print(f"  {printable(example)}")
-    print(next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val))
+            lines.append(f"  {count:,} {meaning}")
+    lines += [f"  {example}" for entry in entries for example in entry.get("examples", [])][:10]
+    lines += next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val).split("\n")
+    print("\n".join(map(escape, lines)))
 
 
 def main(argv=None):

@@ -165,17 +165,24 @@ def check_memory(make, model_config, config, device):
             raise MemoryError(f"{what} takes {size / 1e9:,.0f} GB or more")
 
 
+FULL = ("out of memory", "DefaultCPUAllocator")
+# Of a size that no integer of C++ holds.
+BEYOND = ("calculation overflowed", "argument 'size' failed to unpack", "Overflow when unpacking long",
+          "too large to convert to C")
+
+
 @contextmanager
 def out_of_memory(fix):
     """Turns any of the errors for want of memory into one line that says what helps."""
     try:
         yield
-    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:        # numpy's; CUDA's, MPS's, the CPU's; a
-        known = ("out of memory", "DefaultCPUAllocator", "calculation overflowed",  # size that no integer of C++ holds
-                 "argument 'size' failed to unpack", "Overflow when unpacking long", "too large to convert to C")
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:        # numpy's; CUDA's, MPS's, the CPU's
+        reason = (str(error) or "no details").splitlines()[0][:200]
+        if any(words in str(error) for words in BEYOND):
+            reason = "a size is more than any machine has"
+        elif not isinstance(error, MemoryError) and not any(words in str(error) for words in FULL):
             raise
-        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {fix}") from None
+        raise UserError(f"out of memory ({reason}): {fix}") from None
 
 
 def say(line):

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from configurator import UserError, show
 from support.dataset import clean
-from support.files import encoding_of, file_sha256, has_many_nuls, not_text
+from support.files import check_text, encoding_of, file_sha256, not_text
 
 PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
 HEAD = 1 << 16  # so many bytes tell what a file is
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-ENCODED = EXTENSIONS[:-1]  # a user can give them another encoding
 INVALID = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # what JSON can write beside
+codecs.register_error("mark", lambda error: ("\udfff", error.end))  # what we make of bytes that are not UTF-16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,13 +53,19 @@ def find_files(patterns):
         if not paths:
             raise UserError(f"--data_files: {why_none(pattern)}")
         for path in sorted(paths, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
-            found.setdefault(os.path.realpath(path), path)
+            found.setdefault(identity(path), path)
     for path in sorted(found.values()):
         if not path.lower().endswith(EXTENSIONS):
             raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}: plain text of "
                             "another name can be copied to a .txt")
     base = os.path.commonpath([os.path.abspath(split_pattern(pattern)[0]) for pattern in matched])
     return sorted(found.values()), base
+
+
+def identity(path):
+    """The same for all names of a file, by links of any kind."""
+    stat = os.stat(path)
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)
 
 
 def why_none(pattern):
@@ -119,7 +125,7 @@ def folders_below(folder):
         except OSError as error:
             raise unreadable(path, error) from None
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            if os.path.isdir(entry) and not entry.name.startswith("."):
                 (links if entry.is_symlink() else now).append(entry.path)
 
 
@@ -132,6 +138,14 @@ def held_out(path, base):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is read
+
+
+class TooManyBad(UserError):
+    pass
+
+
+MEANINGS = {"bad": "unreadable records skipped", "empty": "empty documents skipped",
+            "repaired": "texts with invalid characters, now U+FFFD", "nul": "texts with NUL characters"}
 
 
 class Tally:
@@ -147,7 +161,7 @@ class Tally:
         self.counts["bad"] += 1
         self.examples = [*self.examples, example][:10]
         if self.counts["bad"] > self.max_bad:
-            raise UserError(f"{example}; fix the file, or skip such records with a larger --max_bad "
+            raise TooManyBad(f"{example}; fix the file, or skip such records with a larger --max_bad "
                             f"(now {self.max_bad})")
 
     def summary(self):
@@ -166,6 +180,9 @@ def read(path, begin, end, tally, field="text"):
             texts = read_json(path, tally, field)
         for good, item in enumerate(texts, 1):
             yield item
+    except TooManyBad:
+        if good or tally.counts["bad"] - bad < 10:
+            raise
     except UserError:
         raise
     except Exception as error:
@@ -174,19 +191,20 @@ def read(path, begin, end, tally, field="text"):
         raise unreadable(path, error) from None
     bad = tally.counts["bad"] - bad
     if bad and not good:
-        raise UserError(f"{path}: not one of its {bad} records can be read ({tally.examples[-1]}): leave it out, or "
+        raise UserError(f"{path}: not one of {bad} records can be read ({tally.examples[-1]}): leave it out, or "
                         "write one JSON object per line, with its text under --text_field")
 
 
 def valid(found, path, tally):
     """What a reader found as (text, its UTF-8, last, position), with empty texts left out and invalid ones repaired.
 
-    A file of which many bytes are invalid, and more than are part of a valid character, is of another encoding."""
-    invalid, beyond_ascii, size = 0, 0, 0
+    A file of which many bytes are invalid, and more than are part of a valid character, is of another encoding; one of
+    many NUL characters too."""
+    invalid, beyond_ascii, nuls, size = 0, 0, 0, 0
     sample = b""
 
     def check():
-        if invalid > max(size / 1000, beyond_ascii) and path.lower().endswith(ENCODED):
+        if (invalid > max(size / 1000, beyond_ascii) or nuls > max(size / 100, 100)) and path.lower().endswith(EXTENSIONS):
             raise not_text(path, sample)
     for text, last, position in found:
         if not text:
@@ -200,7 +218,13 @@ def valid(found, path, tally):
             escaped = len(INVALID.findall(text))
             invalid += escaped
             beyond_ascii -= 2 * escaped  # U+FFFD has three bytes
-            sample = sample or SURROGATE.sub("?", text).encode("utf-8", "surrogateescape")
+        if "\0" in text:
+            tally.counts["nul"] += 1
+            nuls += text.count("\0")
+        if repaired is not text or "\0" in text:
+            first = re.search("\0|" + INVALID.pattern, text)
+            begin = max(0, first.start() - 1) if first else 0
+            sample = sample or SURROGATE.sub("?", text[begin:begin + HEAD]).encode("utf-8", "surrogateescape")
             if size > PIECE:
                 check()
         yield repaired, utf8, last, position
@@ -219,19 +243,22 @@ def read_plain(path, begin, end, size=PIECE):
     A cut between a non-space and a space or newline changes no token: GPT-2's pattern begins a new word there,
     whatever follows. A piece grows until it has such a place; memory is that of a piece, whatever the file."""
     with open(path, "rb") as raw:
-        encoding, mark = encoding_of(raw.read(4))
-        decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "replace")
+        encoding, mark = check_text(path, raw.read(HEAD))
+        decoder = codecs.getincrementaldecoder(encoding)(errors_of(encoding))
         raw.seek(max(begin, mark))
         text = ""
         while chunk := raw.read(max(0, min(size, end - raw.tell()))):
-            if encoding == "utf-8" and has_many_nuls(chunk):
-                raise not_text(path, chunk)
             text += decoder.decode(chunk)
             cut = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, max(0, len(text) - len(chunk) - 1))
             if cut and raw.tell() < end:
                 yield text[:cut.end()], False, raw.tell()
                 text = text[cut.end():]
         yield text + decoder.decode(b"", True), True, raw.tell()
+
+
+def errors_of(encoding):
+    """How invalid bytes become characters that mark them, of which clean() makes U+FFFD."""
+    return "surrogateescape" if encoding == "utf-8" else "mark"
 
 
 def split_tail(path, val_fraction):
@@ -291,11 +318,9 @@ def json_records(path, stream):
     """The records of a stream and what parses one: lines, which end in LF, CR LF or CR, or the items of an array."""
     head = stream.read(HEAD)
     stream.seek(0)
-    encoding, mark = encoding_of(head)
-    if encoding == "utf-8" and has_many_nuls(head):
-        raise not_text(path, head)
+    encoding, mark = check_text(path, head)
     stream.read(mark)
-    lines = io.TextIOWrapper(stream, encoding, "surrogateescape" if encoding == "utf-8" else "replace")
+    lines = io.TextIOWrapper(stream, encoding, errors_of(encoding))
     if head[mark:].decode(encoding, "ignore").lstrip().startswith("["):
         return read_array(path, lines)
     return lines, parse_json
@@ -349,12 +374,17 @@ def text_of(record, field):
 def read_parquet(path, tally, field):
     import pyarrow.parquet  # comes with datasets
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
-        if field not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column {field}: name the one that holds the text, --text_field=..., of "
-                            f"{', '.join(table.schema_arrow.names)}")
+        names = table.schema_arrow.names
+        name_it = f"name the one that holds the text, --text_field=..., of {', '.join(names)}"
+        if field not in names:
+            raise UserError(f"{path} has no column {field}: {name_it}")
         row, rows, size = 0, table.metadata.num_rows, os.path.getsize(path)
         for batch in table.iter_batches(1024, columns=[field]):
-            column = batch.column(field).cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+            try:
+                column = batch.column(field).cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+            except pyarrow.ArrowNotImplementedError:
+                kind = table.schema_arrow.field(field).type
+                raise UserError(f"{path}: its column {field} holds {kind}, not text: {name_it}") from None
             for row, text in enumerate(column.to_pylist(), row + 1):
                 if text is None:
                     tally.bad(path, row, f"{field} is null")

@@ -609,7 +609,7 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 must be at least 0 and below 1"),
     (["--batch_size=10**30", "--grad_accum=10**30"], "batch_size must be below"),
-    (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
+    (["--dim=10**20"], "out of memory (a size is more than any machine has)"), (["--expand_v=1e30"], "than any machine has): take"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
     (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
     (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
     (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "too short for"),
