@@ -156,7 +156,7 @@ def load_plugin(path):
     """
     if not path:
         return
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))                                           # resolve() fails at a loop of links
     name = f"plugin_{file.stem}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(file):
@@ -382,7 +382,8 @@ def settings_to_start_from(config):
     if not config.init_from:
         return {}
     if not config.eval_only:
-        if latest.parent.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
+        source = os.path.realpath(config.init_from)
+        if os.path.realpath(config.out_dir) in (source, os.path.dirname(source)):
             raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
                             "take another --out_dir")
         if config.resume is not False and latest.exists():                        # started: its source may be gone

@@ -449,12 +449,28 @@ def command(main):
 
 def open_closed_streams():
     """Opens a closed stdin, stdout or stderr on the null device: otherwise the next file would take its number, and
-    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed."""
+    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed.
+    A stderr that takes nothing more, as a log on a full disk, fails no run either."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
             if name != "stdin":
                 setattr(sys, name, open(number, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr.write = forgiving(sys.stderr.write)
+        sys.stderr.flush = forgiving(sys.stderr.flush)
+
+
+def forgiving(call):
+    """call, but from the first error on, which is not that of a pipe whose reader has left, stderr goes nowhere."""
+    def forgiven(*args):
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return forgiven
 
 
 def refusal(error):
@@ -473,6 +489,15 @@ def refusal(error):
 def printable(text):
     """text on one line, with its control characters escaped: the name of a file could clear the screen."""
     return escape(" ".join(text.split()))
+
+
+def shell(*words):
+    """The words of a command as a shell takes them; what a terminal cannot show as $'\\x1b'."""
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{in_ascii(word)}'" for word in words)
+
+
+def in_ascii(word):
+    return "".join(chr(c) if 31 < c < 127 and chr(c) not in "'\\" else f"\\x{c:02x}" for c in os.fsencode(word))
 
 
 def escape(text):

@@ -14,14 +14,13 @@ data state; grad_accum and the processes of torchrun only split it. Only the pro
 import dataclasses
 import json
 import math
-import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__, "model.py")
 
@@ -447,7 +446,7 @@ def train(config, model_config, checkpoint, data, device):
             "would leave it steps to fall")
     run.train()
     flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
-    say("done: python sample.py " + shlex.join(flags))
+    say("done: python sample.py " + shell(*flags))
 
 
 if __name__ == "__main__":

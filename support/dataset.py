@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import threading
 from concurrent import futures
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Callable
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, shell
 from support.files import file_sha256, replacing
 
 END = "<|endoftext|>"  # the name of end-of-text
@@ -278,7 +277,7 @@ def remake(folder, problem=""):
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
     elif folder.name == "c4" and not problem:
         flags = " --shards=8"  # as README has it for 20,000 steps
-    flags += "" if str(folder.parent) == "data" else " " + shlex.quote(f"--data_dir={folder.parent}")
+    flags += "" if str(folder.parent) == "data" else " " + shell(f"--data_dir={folder.parent}")
     again = "" if shard or not folder.exists() else "repeat the command that made it, which keeps what is whole, or "
     return f"{again}run python prepare.py --dataset={folder.name}{flags}"
 

@@ -10,11 +10,10 @@ import json
 import os
 import re
 import secrets
-import shlex
 import sys
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, shell
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -45,7 +44,7 @@ def new_file_beside(path):
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except ValueError as error:  # a NUL byte in the name
-        raise cannot_write(path, error) from None
+        raise OSError(errno.EINVAL, str(error)) from None
     return temporary
 
 
@@ -236,10 +235,10 @@ def not_text(path, data):
     name = likely_encoding(data)
     common = {"CP1252": " (Latin-1, Western European)", "UTF-16LE": " without a byte-order mark"}.get(name, "")
     guess = f", perhaps {name}{common}" * bool(name)
-    source, iconv = shlex.quote(str(path)), f"iconv -f {name or 'ENCODING'} -t UTF-8"
+    source, iconv = shell(str(path)), f"iconv -f {name or 'ENCODING'} -t UTF-8"
     fix = f"convert it with {iconv} {source}"
-    if source.lower().endswith(".gz"):
+    if str(path).lower().endswith(".gz"):
         fix = f"convert it with gzip -dc {source} | {iconv}"
-    if source.lower().endswith(".parquet"):
+    if str(path).lower().endswith(".parquet"):
         fix = "write it as strings, which are UTF-8"
     return UserError(f"{path} is not UTF-8 text{guess}: if it is text, {fix}")

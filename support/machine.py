@@ -26,13 +26,13 @@ from configurator import UserError, command, printable
 def from_torchrun(key, default):
     """A number that torchrun sets, like WORLD_SIZE. The default where not all that it sets is there, as when one is
     left over in a shell."""
-    keys = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(each) for each in keys) or not os.environ["WORLD_SIZE"].isdecimal():
+    numbers = [os.environ.get(each, "") for each in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+    if not os.environ.get("MASTER_ADDR") or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
         return default
     return int(os.environ[key])
 
 
-WORLD = from_torchrun("WORLD_SIZE", 1)
+WORLD = max(1, from_torchrun("WORLD_SIZE", 1))
 RANK = from_torchrun("RANK", 0) if WORLD > 1 else 0
 
 
@@ -251,11 +251,15 @@ def processes():
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     by_hand = "TORCHELASTIC_RUN_ID" not in os.environ
+    if RANK >= WORLD:
+        raise UserError(f"RANK={RANK} must be below WORLD_SIZE={WORLD}: start the processes with torchrun, or unset "
+                        "WORLD_SIZE for one process alone")
     if by_hand:
-        say(f"waiting for {WORLD} processes at {where}, as WORLD_SIZE says; for one process alone: unset WORLD_SIZE")
+        print(f"process {RANK}: waiting for {WORLD} processes at {where}, as WORLD_SIZE says; for one process alone: "
+              "unset WORLD_SIZE", file=sys.stderr, flush=True)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2 if by_hand else 30)))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"the {WORLD} processes do not meet at {where} ({str(error).splitlines()[0][:100]}): start "
                         "them with torchrun, or unset WORLD_SIZE for one process alone") from None
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys

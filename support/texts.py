@@ -13,11 +13,10 @@ import itertools
 import json
 import os
 import re
-import shlex
 import zlib
 from pathlib import Path
 
-from configurator import UserError, show
+from configurator import UserError, shell, show
 from support.dataset import clean
 from support.files import check_text, encoding_of, file_sha256, not_text
 
@@ -71,7 +70,7 @@ def identity(path):
 def why_none(pattern):
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
-        return f"{pattern} is a folder: name its files, {shlex.quote(os.path.join(pattern, '*.txt'))}"
+        return f"{pattern} is a folder: name its files, {shell(os.path.join(pattern, '*.txt'))}"
     if os.path.lexists(path):
         return f"{pattern} is not a regular file, or a link to none: name a file"
     return f"no file matches {pattern!r}"
@@ -303,15 +302,15 @@ def read_json(path, tally, field):
 
 
 def bad_gzip(path, number, stream, error):
-    name = shlex.quote(path)
+    name = shell(path)
     if "Not a gzipped file" not in str(error):
         return UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch the "
                          "file again, or give what `gzip -dc` still reads of it")
     if not stream.tell():
         return UserError(f"{path} is not compressed, though its name ends in .gz: rename it, "
-                         f"mv {name} {shlex.quote(path[:-3])}")
+                         f"mv {name} {shell(path[:-3])}")
     return UserError(f"{path} has other bytes after the end of its gzip stream: if they are no text of yours, drop "
-                     f"them, gzip -dc {name} > {shlex.quote(path[:-3])}, and give that file")
+                     f"them, gzip -dc {name} > {shell(path[:-3])}, and give that file")
 
 
 def json_records(path, stream):

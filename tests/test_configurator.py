@@ -342,6 +342,9 @@ def main():
             file.write("mine\\n")
             os.write(1, b"printed\\n")
             print("printed", os.fstat(0))
+    if config.fail == "log":
+        print("log", file=sys.stderr, flush=True)
+        return
     if config.fail.startswith("os."):
         eval(config.fail)
     if config.fail:
@@ -379,6 +382,20 @@ def test_mistake_is_exit_code_2_and_one_line_without_traceback(program, argument
 def test_success_is_exit_code_0(program):
     code, out, err = program("--dim=8")
     assert (code, out.count("x"), err) == (0, 8000, "")
+
+
+def test_a_log_on_a_full_disk_fails_no_run(program):
+    assert program("--fail=log 2>/dev/full")[0] == 0
+    assert program("--dim=9 2>/dev/full")[0] == 2
+    assert program("--dim=8 >/dev/full")[0] == 2
+
+
+def test_a_command_that_is_shown_is_one_word_for_each_to_a_shell():
+    words = ["plain", "two words", "it's", "$(x)", "*", "\x1b[2J'\\", "é", os.fsdecode(b"\xff"), "\n", ""]
+    shown = configurator.shell(*words)
+    assert shown.isprintable() and shown.startswith("plain 'two words' ")
+    echoed = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, check=True).stdout
+    assert [os.fsdecode(word) for word in echoed.split(b"\0")[:-1]] == words
 
 
 def test_help_shows_examples_usage_and_every_key_with_default_and_meaning(program):
