@@ -197,11 +197,15 @@ def load_weights(model, checkpoint):
             weights[name] = torch.zeros_like(weight)
             weights[name][0] = 1
     check_shared(model, weights, "the checkpoint")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint holds a model of another shape: "
-                        f"{' '.join(str(error).split())[:200]}") from None
+    if unfit := misfits(model.state_dict(), weights):
+        raise UserError(f"the checkpoint holds a model of another shape: {unfit[0]} and {len(unfit) - 1} others do not fit")
+    model.load_state_dict(weights)
+
+
+def misfits(mine, theirs):
+    """The names, sorted, of what only one of two models has, or has in another shape."""
+    fit = {name for name in mine if name in theirs and mine[name].shape == theirs[name].shape}
+    return sorted({*mine, *theirs} - fit)
 
 
 def check_shared(model, weights, source):
@@ -497,10 +501,11 @@ def start_from(model, source, name):
     so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
     """
     mine, theirs = model.state_dict(), source.state_dict()
-    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    differ = misfits(mine, theirs)
+    kept = mine.keys() - differ
     here, there = (dataclasses.asdict(m.config) for m in (model, source))
     changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
-    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+    if unfit := [key for key in differ if ".mixer." not in key]:
         raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
                         "not fit; leave out what is set differently here")
     check_shared(model, theirs, name)
@@ -516,12 +521,12 @@ def restore_run(run, checkpoint):
     """Sets a run to where it was when save_run saved it. UserError where its settings now do not allow that."""
     config = checkpoint["config"]
     names = position_names(checkpoint)
+    if run.config.resume == "changed":
+        check_meaning(run.latest, checkpoint, run.model_config)
     load_weights(run.model, checkpoint)
     if config.get("optimizer", "adamw") != run.config.optimizer:                  # resume=changed
         raise UserError(f"{run.latest} was trained with another optimizer: take --init_from={run.latest} and another "
                         "--out_dir to start from its weights")
-    if run.config.resume == "changed":
-        check_meaning(run.latest, checkpoint, run.model_config)
     new = load_named_state(run.optimizer, checkpoint["optimizer"], names)
     if new:
         say(f"the optimizer starts anew for {', '.join(new)}")

@@ -168,6 +168,8 @@ class Run:
             self.save_latest()
             if self.saved is None:
                 raise Diverged(f"{config.init_from} gives no good loss: take another --init_from")
+        elif self.saved is not None and not self.is_sound():
+            raise Diverged(f"{self.latest} gives no good loss: copy an earlier one over it, or take --resume=false")
         with self.journal.progress(self.step, self.tokens):
             pace = self.journal.pace
             while True:
