@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import re
-import shlex
 import shutil
 import sys
 import traceback
@@ -21,7 +20,7 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError, show
+from configurator import Failed, UserError, shell, show
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
@@ -332,7 +331,7 @@ def checkpoint_in(out_dir):
     if any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
         return out_dir
     others = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    folder = shlex.quote(str(others[-1].parent)) if others else "..."
+    folder = shell(str(others[-1].parent)) if others else "..."
     raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name the folder of a trained model, "
                     f"--out_dir={folder}")
 

@@ -260,7 +260,7 @@ def meant(word, argv, legal):
               "data_files": path.exists(), "file": path.is_file(), "prompt": not word.startswith("-")}
     given = {flag[2:].partition("=")[0] for flag in argv}
     keys = [key for key, fits in likely.items() if fits and key in legal - given]
-    return f"write --{keys[0]}={shlex.quote(word)}" if keys else ""
+    return f"write --{keys[0]}={shell(word)}" if keys else ""
 
 
 def unknown_key(where, key, legal, settings):

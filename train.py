@@ -105,8 +105,7 @@ class TrainConfig:
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")
-        several = f"{WORLD} processes times {self.passes} pieces each"
-        pieces = several if WORLD > 1 else f"grad_accum={self.grad_accum}"
+        pieces = f"{WORLD} processes times {self.passes} pieces each" if WORLD > 1 else f"grad_accum={self.grad_accum}"
         require(self.batch_size % (self.passes * WORLD) == 0,
                 f"batch_size={self.batch_size} must be a multiple of {pieces}")
         if self.shard:
@@ -164,12 +163,12 @@ class Run:
         config = self.config
         signals = stop_at_signals()
         stop = 0
-        if config.init_from and self.saved is None:                               # what it starts from is a result too
+        if self.saved is not None and not self.is_sound():
+            raise Diverged(f"{self.latest} gives no good loss: copy an earlier one over it, or take --resume=false")
+        if self.saved is None and config.init_from:                               # what it starts from is a result too
             self.save_latest()
             if self.saved is None:
                 raise Diverged(f"{config.init_from} gives no good loss: take another --init_from")
-        elif self.saved is not None and not self.is_sound():
-            raise Diverged(f"{self.latest} gives no good loss: copy an earlier one over it, or take --resume=false")
         with self.journal.progress(self.step, self.tokens):
             pace = self.journal.pace
             while True:
@@ -397,8 +396,8 @@ def main():
         if config.eval_only:
             evaluate_only(config, model_config, checkpoint, data, device)
         elif checkpoint and is_finished(config, checkpoint["step"]):
-            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a larger "
-                "--max_steps continues it, another --out_dir starts another run, --resume=false starts over")
+            say(f"the run in {config.out_dir} is finished, at step {checkpoint['step']}: --resume=changed with a "
+                "larger --max_steps continues it, another --out_dir starts another run, --resume=false starts over")
             if RANK == 0 and not Path(config.out_dir, "loss.png").exists():
                 plot_losses(Path(config.out_dir))
         else:
@@ -442,10 +441,6 @@ def train(config, model_config, checkpoint, data, device):
         f"{tokens:,} tokens a step, {tokens * config.max_steps / run.windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
-    if config.warmup_steps >= config.max_steps:
-        say(f"warmup_steps={config.warmup_steps} is not below max_steps={config.max_steps}: lr only rises, to "
-            f"{config.max_steps / (config.warmup_steps + 1):.0%} of its peak; --warmup_steps={config.max_steps // 10} "
-            "would leave it steps to fall")
     run.train()
     flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
     say("done: python sample.py " + shell(*flags))

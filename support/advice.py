@@ -1,11 +1,12 @@
 """Which preset of config/ suits a text and this machine, and how long it trains; without torch, which takes 1 s."""
 import os
-import shlex
 import shutil
 import time
 from dataclasses import dataclass
 
 import numpy as np
+
+from configurator import shell
 
 MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
 
@@ -27,7 +28,7 @@ class Preset:
             words.append(f"--max_steps={steps}")
         if min(train, val) <= 256 and self.name == "tiny":  # its seq_len
             words.append(f"--seq_len={max(1, min(train, val) // 2)}")
-        return shlex.join(words)
+        return shell(*words)
 
     def seconds(self, train):
         """On this machine's CPU: 6 operations for each parameter and token."""

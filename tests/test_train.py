@@ -125,7 +125,8 @@ def at_step(monkeypatch, step, action):
 def write_dataset(folder, train=range(200), val=range(200), vocab_size=257, tokenizer_hash=BYTES.hash):
     """A dataset of these token ids, consistent with its manifest."""
     folder.mkdir(parents=True)
-    content = {"version": 1, "tokenizer": "bytes", "tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size,
+    name = "bytes" if tokenizer_hash == BYTES.hash else "mine.json"
+    content = {"version": 1, "tokenizer": name, "tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size,
                "dtype": "uint16", "files": {}}
     for split, ids in (("train", train), ("val", val)):
         np.array(ids, "<u2").tofile(folder / f"{split}.bin")
@@ -449,7 +450,8 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     assert "the files of the dataset are others" in refusal(other[0])
     foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
     assert "take --dataset of the same tokenizer" in refusal(*foreign)
-    assert "another shape" in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    assert "would mean something else: dim was 16, now 32." in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    assert "another shape: blocks." in refusal("--dim=32", "--resume=changed_model", "--max_steps=15")
     assert "another optimizer" in refusal("--optimizer=muon", "--resume=changed", "--max_steps=15")
     result = run("--resume=changed", other[0], "--lr=2e-2", "--max_steps=15")
     assert result.code == 0 and "continuing at step 12" in result.err
@@ -553,6 +555,13 @@ def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_
     sys.modules.pop("plugin_mine")
     assert "name it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
     assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
+
+
+def test_a_loop_of_links_is_no_plugin_and_no_model(run, refusal):
+    run("--max_steps=1")
+    Path("loop").symlink_to("loop")
+    assert "there is no plugin loop" in refusal("--plugin=loop")
+    assert "loop" in refusal("--init_from=loop") and "loop" in refusal("--out_dir=loop/x")
 
 
 @pytest.mark.parametrize("content, words", [(None, "there is no plugin mine.py"), ("x = = 1", "SyntaxError"),
@@ -778,6 +787,16 @@ def weights_give_a_loss(path="out/ckpt.pt"):
 
 
 RUIN = ["--grad_clip=0", "--save_interval=1", "--max_skips=99"]
+
+
+def test_a_ruined_checkpoint_is_not_resumed_from(run):
+    run("--max_steps=3")
+    checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+    checkpoint["model"]["embed.weight"].fill_(math.nan)
+    torch.save(checkpoint, "out/ckpt.pt")
+    result = run("--max_steps=12", "--resume=changed")
+    assert result.code == DIVERGED and "train.py: out/ckpt.pt gives no good loss: copy an earlier one" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3
 
 
 @pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])                      # 1e30 leaves the loss finite, 1e5 huge
