@@ -105,17 +105,19 @@ def recurrent(q, k, v, g, S):
 def chunked(q, k, v, g, S, chunk_size, scores=None):
     """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size.
 
-    scores(q, k), where given, is a cheaper way to get q k^T: the taylor map has one.
+    scores(q, k), where given, is a cheaper way to get q k^T: the taylor map has one. q, k and v may be bf16, and the
+    products with them then are; g and S, what is summed over chunks, are always fp32 or wider.
     """
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before a chunk
+    decay, since_start, until_end = (x.to(q.dtype) for x in (decay, since_start, until_end))
 
     # 2. In each chunk: what its queries read of it, and what it adds to the state.
     qk = scores(q, k) if scores else q @ k.mT
     inside = (qk * decay) @ v                                         # (B,H,N,C,V)
-    added = (k * until_end).mT @ v                                    # (B,H,N,K,V)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before it
+    added = ((k * until_end).mT @ v).to(S.dtype)                      # (B,H,N,K,V)
 
     # 3. From chunk to chunk: the recurrence.
     starts = []
@@ -124,7 +126,7 @@ def chunked(q, k, v, g, S, chunk_size, scores=None):
         S = kept_n * S + added_n
 
     # 4. Each query also reads the state that its chunk started from.
-    y = inside + (q * since_start) @ torch.stack(starts, dim=2)
+    y = inside + (q * since_start) @ torch.stack(starts, dim=2).to(q.dtype)
     return y.flatten(2, 3), S
 
 
@@ -242,6 +244,8 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     T = q.shape[2]
     chunk_size = min(chunk_size, T)
     *tokens, S = widened(q, k, v, log_decay, beta, state)
+    if beta is None and speedups.multiplies_bf16(q):
+        tokens[:3] = q, k, v
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
@@ -317,6 +321,8 @@ def rotate(x, table):
     """
     if table is None:
         return x
+    if speedups.multiplies_bf16(x):
+        return speedups.rotate(x, *table)                             # the same, in bf16
     cos, sin = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in table)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -355,6 +361,8 @@ def elu(x):
     """ELU(x) + 1 [1, Eq. 7]: x + 1, and exp(x) below 0. Computed as ELU, plus 1, it would be 0 below -6 in bf16."""
     if x.dtype.itemsize > 2:
         return F.elu(x) + 1
+    if x.is_cpu:
+        return speedups.EluPlusOne.apply(x)                           # the same, with a faster gradient
     return F.relu(x) + x.clamp(max=0).exp()
 
 
@@ -408,15 +416,20 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, *, chunk
       of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
     options = {}
+    one_pair = q is q_den and k is k_den
+    in_bf16 = False
     if form is linear_attention_chunked:
         if kernels.available(q, v):
             return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, chunk_size)
         options = {"chunk_size": chunk_size, "scores": scores}
+        # In one pass the two sums' gradients would cancel after they were rounded.
+        in_bf16 = speedups.multiplies_bf16(q) and not one_pair
     # The forms return q.dtype: widen first, so that the division is in fp32.
     dtype = q.dtype
-    one_pair = q is q_den and k is k_den
-    q, k, v, q_den, k_den = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_den, k_den))
-    ones = torch.ones_like(v[..., :1])
+    wide = torch.promote_types(dtype, torch.float32)
+    q_den, k_den, ones = q_den.to(wide), k_den.to(wide), torch.ones_like(v[..., :1], dtype=wide)
+    if not in_bf16:
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     V = v.shape[-1]
     if one_pair:                                                      # both sums in one pass
         y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
