@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import re
-import shlex
 import shutil
 import sys
 import traceback
@@ -21,7 +20,7 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError, show
+from configurator import Failed, UserError, shell, show
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
@@ -156,7 +155,7 @@ def load_plugin(path):
     """
     if not path:
         return
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))                                           # resolve() fails at a loop of links
     name = f"plugin_{file.stem}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(file):
@@ -199,11 +198,16 @@ def load_weights(model, checkpoint):
             weights[name] = torch.zeros_like(weight)
             weights[name][0] = 1
     check_shared(model, weights, "the checkpoint")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint holds a model of another shape: "
-                        f"{' '.join(str(error).split())[:200]}") from None
+    if unfit := misfits(model.state_dict(), weights):
+        raise UserError(f"the checkpoint holds a model of another shape: {unfit[0]} and {len(unfit) - 1} others do "
+                        "not fit")
+    model.load_state_dict(weights)
+
+
+def misfits(mine, theirs):
+    """The names, sorted, of what only one of two models has, or has in another shape."""
+    fit = {name for name in mine if name in theirs and mine[name].shape == theirs[name].shape}
+    return sorted({*mine, *theirs} - fit)
 
 
 def check_shared(model, weights, source):
@@ -331,7 +335,7 @@ def checkpoint_in(out_dir):
     if any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
         return out_dir
     others = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    folder = shlex.quote(str(others[-1].parent)) if others else "..."
+    folder = shell(str(others[-1].parent)) if others else "..."
     raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name the folder of a trained model, "
                     f"--out_dir={folder}")
 
@@ -385,7 +389,8 @@ def settings_to_start_from(config):
     if not config.init_from:
         return {}
     if not config.eval_only:
-        if latest.parent.resolve() in (Path(config.init_from).resolve(), Path(config.init_from).resolve().parent):
+        source = os.path.realpath(config.init_from)
+        if os.path.realpath(config.out_dir) in (source, os.path.dirname(source)):
             raise UserError(f"init_from={config.init_from} lies in out_dir, which the new run will write: "
                             "use another --out_dir")
         if config.resume is not False and latest.exists():                        # started: its source may be gone
@@ -500,10 +505,11 @@ def start_from(model, source, name):
     so that another mixer can start from what a trained one has learned: qkv and out mean the same in all attentions.
     """
     mine, theirs = model.state_dict(), source.state_dict()
-    kept = {key for key in mine if key in theirs and mine[key].shape == theirs[key].shape}
+    differ = misfits(mine, theirs)
+    kept = mine.keys() - differ
     here, there = (dataclasses.asdict(m.config) for m in (model, source))
     changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
-    if unfit := sorted(key for key in {*mine, *theirs} - kept if ".mixer." not in key):
+    if unfit := [key for key in differ if ".mixer." not in key]:
         raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
                         "not fit; leave out what is set differently here")
     check_shared(model, theirs, name)
@@ -519,12 +525,12 @@ def restore_run(run, checkpoint):
     """Sets a run to where it was when save_run saved it. UserError where its settings now do not allow that."""
     config = checkpoint["config"]
     names = position_names(checkpoint)
+    if run.config.resume == "changed":
+        check_meaning(run.latest, checkpoint, run.model_config)
     load_weights(run.model, checkpoint)
     if config.get("optimizer", "adamw") != run.config.optimizer:                  # resume=changed
         raise UserError(f"{run.latest} was trained with another optimizer: use --init_from={run.latest} and another "
                         "--out_dir to start from its weights")
-    if run.config.resume == "changed":
-        check_meaning(run.latest, checkpoint, run.model_config)
     new = load_named_state(run.optimizer, checkpoint["optimizer"], names)
     if new:
         say(f"the optimizer state is reset for {', '.join(new)}")

@@ -30,6 +30,9 @@ import typing
 import warnings
 from pathlib import Path
 
+LARGEST = 1e100  # of the numbers in settings
+# The keys whose values are paths, or may be: there ~ is the user's home.
+PATHS = re.compile("(.*_)?(dir|file|state)|init_from|plugin|json|plot|hub|tokenizer|out|root")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 ALLOWED = "a value is a number, string, True, False, None, a list of these, or + - * / // % ** on numbers"
@@ -42,6 +45,10 @@ NANOGPT = {"n_layer": "depth", "n_embd": "dim", "n_head": "n_heads", "block_size
 class UserError(ValueError):
     """Something the user can fix. The message is one plain sentence that says what is wrong and how to fix it."""
     code = 2  # the exit code
+
+
+class TooLarge(ValueError):
+    """A number that no setting can have."""
 
 
 class Failed(UserError):
@@ -77,15 +84,15 @@ def evaluate(node):
         if not (is_number(a) and is_number(b)):
             raise ValueError(ALLOWED)
         if isinstance(node.op, ast.Pow) and b * math.log10(abs(a) or 1) > 100:  # 10**10**10 would never end
-            raise ValueError("the number is too large")
+            raise TooLarge("the number is too large")
         try:
             value = OPERATORS[type(node.op)](a, b)
         except ArithmeticError as error:  # 1 / 0
             raise ValueError(error) from None
     else:
         raise ValueError(ALLOWED)
-    if is_number(value) and not abs(value) < 1e100:  # 1e999 is inf; inf - inf is nan
-        raise ValueError("the number is too large")
+    if is_number(value) and not abs(value) < LARGEST:  # 1e999 is inf; inf - inf is nan
+        raise TooLarge("the number is too large")
     return value
 
 
@@ -116,7 +123,7 @@ def fit(value, kind):
         return int(value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is kind:
+    if type(value) is kind and value != math.inf:
         return value
     raise ValueError(f"{show(value)} is not {wanted(kind)}")
 
@@ -158,6 +165,8 @@ def readings(text):
         value = evaluate(parse(text.strip(), "eval").body)
         if type(value) is not str:  # a string is taken verbatim, quotes and all
             yield value
+    except TooLarge:
+        yield math.inf  # no field takes it
     except (ValueError, RecursionError):
         pass
     if text in ("0", "1"):
@@ -251,7 +260,7 @@ def meant(word, argv, legal):
               "data_files": path.exists(), "file": path.is_file(), "prompt": not word.startswith("-")}
     given = {flag[2:].partition("=")[0] for flag in argv}
     keys = [key for key, fits in likely.items() if fits and key in legal - given]
-    return f"write --{keys[0]}={shlex.quote(word)}" if keys else ""
+    return f"write --{keys[0]}={shell(word)}" if keys else ""
 
 
 def unknown_key(where, key, legal, settings):
@@ -292,7 +301,7 @@ def configure(argv, *classes, config_file=True, inherit=None):
         values = list(values)
         for cls in classes:
             if key in fields[cls]:
-                given[cls][key] = value_of(where, value, values, kinds[cls][key])
+                given[cls][key] = expand_home(key, value_of(where, value, values, kinds[cls][key]))
     configs = []
     for cls in classes:
         defaults = {}
@@ -317,7 +326,14 @@ def value_of(where, given, values, kind):
         got = show(given)
         if where.startswith("--") and given is True:
             got = f"no value: write {where}=VALUE"
+        if any(is_number(value) and abs(value) > 2**53 for value in values):
+            got += ", which is too large"
         raise UserError(f"{where} must be {wanted(kind)}, got {got}") from None
+
+
+def expand_home(key, value):
+    """~/x as /home/me/x where the key is that of a path: no shell does so in --out_dir=~/x."""
+    return os.path.expanduser(value) if type(value) is str and PATHS.fullmatch(key) else value
 
 
 # Help: read from the source of a program, so that nothing is imported, and `python -OO` has it too.
@@ -433,12 +449,28 @@ def command(main):
 
 def open_closed_streams():
     """Opens a closed stdin, stdout or stderr on the null device: otherwise the next file would take its number, and
-    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed."""
+    what is printed would go into that file. sys.stdin stays None, so that a program can say that it is closed.
+    A stderr that takes nothing more, as a log on a full disk, fails no run either."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
             if name != "stdin":
                 setattr(sys, name, open(number, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr.write = forgiving(sys.stderr.write)
+        sys.stderr.flush = forgiving(sys.stderr.flush)
+
+
+def forgiving(call):
+    """call, but from the first error on, which is not that of a pipe whose reader has left, stderr goes nowhere."""
+    def forgiven(*args):
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return forgiven
 
 
 def refusal(error):
@@ -456,5 +488,17 @@ def refusal(error):
 
 def printable(text):
     """text on one line, with its control characters escaped: the name of a file could clear the screen."""
-    text = " ".join(text.split())
+    return escape(" ".join(text.split()))
+
+
+def shell(*words):
+    """The words of a command as a shell takes them; what a terminal cannot show as $'\\x1b'."""
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{in_ascii(word)}'" for word in words)
+
+
+def in_ascii(word):
+    return "".join(chr(c) if 31 < c < 127 and chr(c) not in "'\\" else f"\\x{c:02x}" for c in os.fsencode(word))
+
+
+def escape(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

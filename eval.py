@@ -20,7 +20,7 @@ help_first(__name__, __file__)
 
 from support.checks import at_least                                               # support comes before torch
 from support.files import read_text
-from support.machine import out_of_memory
+from support.machine import out_of_memory, say
 
 import torch
 from tqdm import tqdm
@@ -153,6 +153,9 @@ def harness_model(model, tokenizer, context, batch_size):
             return [-nats(model, [tokenizer.eot, *self.tok_encode(r.args[0])], context) for r in requests]
 
         def generate_until(self, requests, disable_tqdm=False):
+            ignored = {key for r in requests for key in r.args[1]} - OPTIONS - {*LIMITS}
+            if ignored:
+                say(f"warning: generation_kwargs that change nothing here: {', '.join(sorted(ignored))}")
             return [write(model, tokenizer, *r.args) for r in tqdm(requests, disable=disable_tqdm)]
     return Harness()
 
@@ -179,6 +182,7 @@ def write(model, tokenizer, given, options):
     return text.decode(errors="replace")
 
 
+OPTIONS = {"max_length", "do_sample", "temperature", "top_k", "top_p", "until"}
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 
 
@@ -190,20 +194,24 @@ def read_options(options, prompt_length=0):
     all tokens, where transformers take 50.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    limits = [int(given[name]) for name in LIMITS if name in given]
-    if not limits and "max_length" in given:                                      # of prompt and text
-        limits = [max(0, int(given["max_length"]) - prompt_length)]
-    sampled = given.get("do_sample", "temperature" in given)
-    temperature = float(given.get("temperature", 1))
-    sampling = {
-        "temperature": temperature if sampled else 0,
-        "top_k": int(given.get("top_k", 0)),
-        "top_p": float(given.get("top_p", 1)),
-    }
     until = given.get("until", [])
     if isinstance(until, str):
         until = [until]
-    stops = [stop.encode() for stop in until if stop]
+    try:
+        limits = [int(given[name]) for name in LIMITS if name in given]
+        if not limits and "max_length" in given:                                  # of prompt and text
+            limits = [max(0, int(given["max_length"]) - prompt_length)]
+        temperature = float(given.get("temperature", 1))
+        sampling = {
+            "temperature": temperature if given.get("do_sample", "temperature" in given) else 0,
+            "top_k": int(given.get("top_k", 0)),
+            "top_p": float(given.get("top_p", 1)),
+        }
+        stops = [stop.encode() for stop in until if stop]
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature {temperature}")
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise UserError(f"a task's generation_kwargs cannot be read ({error}): {options}") from None
     return limits[0] if limits else None, sampling, stops
 
 

@@ -106,15 +106,19 @@ def recurrent(q, k, v, g, S):
 
 
 def chunked(q, k, v, g, S, chunk_size):
-    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size."""
+    """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size.
+
+    q, k and v may be bf16, and so are then the products in a chunk; g and S, summed over chunks, are fp32 or wider.
+    """
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before a chunk
+    decay, since_start, until_end = (x.to(q.dtype) for x in (decay, since_start, until_end))
 
     # 2. In each chunk: what its queries read of it, and what it adds to the state.
     inside = (q @ k.mT * decay) @ v                                   # (B,H,N,C,V)
-    added = (k * until_end).mT @ v                                    # (B,H,N,K,V)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before it
+    added = ((k * until_end).mT @ v).to(S.dtype)                      # (B,H,N,K,V)
 
     # 3. From chunk to chunk: the recurrence.
     starts = []
@@ -123,7 +127,7 @@ def chunked(q, k, v, g, S, chunk_size):
         S = kept_n * S + added_n
 
     # 4. Each query also reads the state that its chunk started from.
-    y = inside + (q * since_start) @ torch.stack(starts, dim=2)
+    y = inside + (q * since_start) @ torch.stack(starts, dim=2).to(q.dtype)
     return y.flatten(2, 3), S
 
 
@@ -242,6 +246,8 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     T = q.shape[2]
     chunk_size = min(chunk_size, T)
     *tokens, S = widened(q, k, v, log_decay, beta, state)
+    if beta is None and speedups.multiplies_bf16(q):
+        tokens[:3] = q, k, v
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
@@ -302,6 +308,8 @@ def rotate(x, table):
     """
     if table is None:
         return x
+    if speedups.multiplies_bf16(x):
+        return speedups.rotate(x, *table)                             # the same, in bf16
     cos, sin = (part.to(torch.promote_types(x.dtype, torch.float32)) for part in table)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -345,6 +353,8 @@ def elu(x):
     """ELU(x) + 1 [1, Eq. 7]: x + 1, and exp(x) below 0. Computed as ELU, plus 1, it would be 0 below -6 in bf16."""
     if x.dtype.itemsize > 2:
         return F.elu(x) + 1
+    if x.is_cpu:
+        return speedups.EluPlusOne.apply(x)                           # the same, with a faster gradient
     return F.relu(x) + x.clamp(max=0).exp()
 
 
@@ -392,11 +402,16 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
+    one_pair = q is q_den and k is k_den
+    # In one pass the two sums' gradients would cancel after they were rounded.
+    in_bf16 = form is linear_attention_chunked and speedups.multiplies_bf16(q) and not one_pair
     # The forms return q.dtype: widen first, so that the division is in fp32.
     dtype = q.dtype
-    one_pair = q is q_den and k is k_den
-    q, k, v, q_den, k_den = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v, q_den, k_den))
-    ones = torch.ones_like(v[..., :1])
+    wide = torch.promote_types(dtype, torch.float32)
+    if not in_bf16:
+        q, k, v = (x.to(wide) for x in (q, k, v))
+    q_den, k_den = (x.to(wide) for x in (q_den, k_den))
+    ones = torch.ones_like(v[..., :1], dtype=wide)
     V = v.shape[-1]
     if one_pair:                                                      # both sums in one pass
         y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)

@@ -14,14 +14,13 @@ data state; grad_accum and the processes of torchrun only split it. Only the pro
 import dataclasses
 import json
 import math
-import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__, "model.py")
 
@@ -103,8 +102,7 @@ class TrainConfig:
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")
-        several = f"{WORLD} processes times {self.passes} pieces each"
-        pieces = several if WORLD > 1 else f"grad_accum={self.grad_accum}"
+        pieces = f"{WORLD} processes times {self.passes} pieces each" if WORLD > 1 else f"grad_accum={self.grad_accum}"
         require(self.batch_size % (self.passes * WORLD) == 0,
                 f"batch_size={self.batch_size} must be a multiple of {pieces}")
         if self.shard:
@@ -162,7 +160,9 @@ class Run:
         config = self.config
         signals = stop_at_signals()
         stop = 0
-        if config.init_from and self.saved is None:                               # what it starts from is a result too
+        if self.saved is not None and not self.is_sound():
+            raise Diverged(f"{self.latest} gives no good loss: copy an earlier one over it, or use --resume=false")
+        if self.saved is None and config.init_from:                               # what it starts from is a result too
             self.save_latest()
             if self.saved is None:
                 raise Diverged(f"{config.init_from} gives no good loss: use another --init_from")
@@ -438,12 +438,9 @@ def train(config, model_config, checkpoint, data, device):
         f"{tokens:,} tokens a step, {tokens * config.max_steps / run.windows.tokens:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
-    if config.warmup_steps >= config.max_steps:
-        say(f"warmup_steps={config.warmup_steps} is not below max_steps={config.max_steps}, so lr only rises, to "
-            f"{config.max_steps / (config.warmup_steps + 1):.0%} of its peak: use {config.max_steps // 10} or so")
     run.train()
     flags = [f"--out_dir={run.out_dir}"] + [f"--plugin={config.plugin}"] * bool(config.plugin)
-    say("done: python sample.py " + shlex.join(flags))
+    say("done: python sample.py " + shell(*flags))
 
 
 if __name__ == "__main__":

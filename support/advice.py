@@ -2,7 +2,6 @@
 trains. Without torch, which takes 1 s."""
 import math
 import os
-import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import printable
+from configurator import escape, shell
+from support.texts import MEANINGS
 
 MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
 
@@ -32,7 +32,7 @@ class Preset:
             words.append(f"--max_steps={steps}")
         if min(train, val) <= 256 and self.name == "tiny":  # its seq_len
             words.append(f"--seq_len={max(1, min(train, val) // 2)}")
-        return shlex.join(words)
+        return shell(*words)
 
     def seconds(self, train):
         """On this machine's CPU: 6 operations for each parameter and token."""
@@ -85,18 +85,17 @@ def next_steps(dataset, data_dir, vocab_size, train, val):
 def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
-    print(f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
-          f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify)
+    lines = [f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
+             f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify]
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
-        print(f"  validation: {printable(', '.join(held[:20]))}" + f" and {len(held) - 20} more" * (len(held) > 20))
+        lines.append(f"  validation: {', '.join(held[:20])}" + f" and {len(held) - 20} more" * (len(held) > 20))
     elif any(source.stem.startswith("both-") for source in sources):
-        print(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
-              + ": no name says val" * bool(config.data_files))
-    for key, meaning in (("bad", "unreadable records skipped"), ("empty", "empty documents skipped"),
-                         ("repaired", "texts with invalid characters, now U+FFFD")):
+        lines.append(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
+                     + ": no name says val" * bool(config.data_files))
+    for key, meaning in MEANINGS.items():
         if count := sum(entry.get(key, 0) for entry in entries):
-            print(f"  {count:,} {meaning}")
-    for example in [example for entry in entries for example in entry.get("examples", [])][:10]:
-        print(f"  {printable(example)}")
-    print(next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val))
+            lines.append(f"  {count:,} {meaning}")
+    lines += [f"  {example}" for entry in entries for example in entry.get("examples", [])][:10]
+    lines += next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val).split("\n")
+    print("\n".join(map(escape, lines)))

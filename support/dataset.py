@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import threading
 from concurrent import futures
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Callable
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, shell
 from support.files import file_sha256, replacing
 
 END = "<|endoftext|>"  # the name of end-of-text
@@ -87,14 +86,15 @@ def load_gpt2():
 
 
 SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # what \s is to tiktoken
-LONG_SPACE = re.compile(SPACE + "{10000,}")
-SAMPLED_SPACE = re.compile(SPACE + "{19}")
+LONG_SPACE = re.compile(SPACE + "{1000,}")
+SAMPLED_SPACE = re.compile(SPACE + "{15}")
 
 
 def long_spaces(text):
-    """The spans of white space so long that tiktoken's regular expression may overflow its stack. Every 500th character
-    is looked at first, since to look at all takes a tenth of the tokenizer's time: any such span has 19 of them."""
-    if not SAMPLED_SPACE.search(text[::500]):
+    """The spans of white space that are long for tiktoken's regular expression: of 1,000 its time per character is ten
+    times that of words, of 10,000 two hundred times, of 1,000,000 its stack overflows. Every 60th character is looked
+    at first, since to look at all takes a tenth of the tokenizer's time: any such span has 15 of them."""
+    if not SAMPLED_SPACE.search(text[::60]):
         return []
     return [match.span() for match in LONG_SPACE.finditer(text)]
 
@@ -216,6 +216,10 @@ def read_sealed(path):
     return content
 
 
+TOKENIZERS = {  # hash: (name, vocab_size); of other vocabularies only the file knows
+    "c8652c242d0cd3b98b3c82d4aa53d102c8ccae44dc16854240715e4e32d8b038": ("bytes", 257),
+    "a5623714bcf19049eb0fd78df19b6daa1e61ac435b86a5deae767768e7fcdc3d": ("gpt2", 50257),
+}
 BIN = re.compile(r"(train|val)[A-Za-z0-9_-]*\.bin")  # the names of token files; no folders
 
 
@@ -228,6 +232,10 @@ def check_content(content):
     for key in ("tokenizer", "tokenizer_hash"):
         if type(content[key]) is not str:
             raise ValueError(f"{key} {content[key]!r}")
+    tokenizer = (content["tokenizer"], content["vocab_size"])
+    known = TOKENIZERS.get(content["tokenizer_hash"])
+    if known and tokenizer != known or not known and not tokenizer[0].endswith(".json"):
+        raise ValueError(f"tokenizer {tokenizer[0]!r}, which its hash is not of")
     for name, entry in content["files"].items():
         match = BIN.fullmatch(name)
         if not match or match[1] != entry["split"]:
@@ -236,7 +244,7 @@ def check_content(content):
             check_number(entry, key, 0, 2**53)
         if entry["tokens"] and not entry["bytes"]:
             raise ValueError(f"{entry['tokens']} tokens without text")
-        for key in entry.keys() & {"bad", "empty", "repaired", "source_bytes"}:
+        for key in entry.keys() & {"bad", "empty", "repaired", "nul", "source_bytes"}:
             check_number(entry, key, 0, 2**53)
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise ValueError(f"sha256 {entry['sha256']!r}")
@@ -270,7 +278,7 @@ def remake(folder, problem=""):
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
     elif folder.name == "c4" and not problem:
         flags = " --shards=8"  # as README has it for 20,000 steps
-    flags += "" if str(folder.parent) == "data" else " " + shlex.quote(f"--data_dir={folder.parent}")
+    flags += "" if str(folder.parent) == "data" else " " + shell(f"--data_dir={folder.parent}")
     again = "" if shard or not folder.exists() else "repeat the command that made it, which keeps what is whole, or "
     return f"{again}run python prepare.py --dataset={folder.name}{flags}"
 

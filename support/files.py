@@ -10,11 +10,10 @@ import json
 import os
 import re
 import secrets
-import shlex
 import sys
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, shell
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -45,7 +44,7 @@ def new_file_beside(path):
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except ValueError as error:  # a NUL byte in the name
-        raise cannot_write(path, error) from None
+        raise OSError(errno.EINVAL, str(error)) from None
     return temporary
 
 
@@ -161,12 +160,13 @@ def read_text(path):
         raise UserError("standard input is closed: give a file instead of -") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
-    encoding, mark = encoding_of(data)
+    encoding, mark = check_text(path, data)
     try:
-        if encoding == "utf-8" and has_many_nuls(data):
-            raise ValueError
         return data[mark:].decode(encoding)
     except ValueError:
+        if mark and encoding != "utf-8":
+            raise UserError(f"{path} begins as {encoding.upper()} text and does not go on so: it is cut or "
+                            "damaged") from None
         raise not_text(path, data) from None
 
 
@@ -181,6 +181,11 @@ def read_bytes(path):
 
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
          codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # UTF-16's begins UTF-32's
+FORMATS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\3\4": "zip",
+           b"PAR1": "Parquet", b"%PDF-": "PDF"}
+# Codecs that charset_normalizer may guess, by names that iconv has too, with - for _.
+CODECS = ("cp1251", "koi8_r", "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1253", "cp1255", "cp1256", "cp874",
+          "cp1250", "cp1254")
 
 
 def encoding_of(head):
@@ -189,6 +194,17 @@ def encoding_of(head):
         if head.startswith(mark):
             return encoding, len(mark)
     return "utf-8", 0
+
+
+def check_text(path, head):
+    """As encoding_of; UserError where a file that begins so is no text."""
+    for begin, name in FORMATS.items():
+        if head.startswith(begin):
+            raise UserError(f"{path} holds {name} data, not text: unpack or convert it first")
+    encoding, mark = encoding_of(head)
+    if encoding == "utf-8" and has_many_nuls(head):
+        raise not_text(path, head)
+    return encoding, mark
 
 
 def has_many_nuls(data):
@@ -208,10 +224,10 @@ def likely_encoding(data):
         return "CP1252"
     try:
         from charset_normalizer import from_bytes  # comes with tiktoken
-        best = from_bytes(data).best()
+        best = from_bytes(data, cp_isolation=CODECS).best()
     except ImportError:
         best = None
-    return best.encoding.upper() if best else ""
+    return best.encoding.upper().replace("_", "-") if best else ""
 
 
 def not_text(path, data):
@@ -219,5 +235,10 @@ def not_text(path, data):
     name = likely_encoding(data)
     common = {"CP1252": " (Latin-1, Western European)", "UTF-16LE": " without a byte-order mark"}.get(name, "")
     guess = f", perhaps {name}{common}" * bool(name)
-    return UserError(f"{path} is not UTF-8 text{guess}: if it is text, convert it with "
-                     f"iconv -f {name or 'ENCODING'} -t UTF-8 {shlex.quote(str(path))}")
+    source, iconv = shell(str(path)), f"iconv -f {name or 'ENCODING'} -t UTF-8"
+    fix = f"convert it with {iconv} {source}"
+    if str(path).lower().endswith(".gz"):
+        fix = f"convert it with gzip -dc {source} | {iconv}"
+    if str(path).lower().endswith(".parquet"):
+        fix = "write it as strings, which are UTF-8"
+    return UserError(f"{path} is not UTF-8 text{guess}: if it is text, {fix}")

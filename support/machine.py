@@ -26,13 +26,13 @@ from configurator import UserError, command, printable
 def from_torchrun(key, default):
     """A number that torchrun sets, like WORLD_SIZE. The default where not all that it sets is there, as when one is
     left over in a shell."""
-    keys = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(each) for each in keys) or not os.environ["WORLD_SIZE"].isdecimal():
+    numbers = [os.environ.get(each, "") for each in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+    if not os.environ.get("MASTER_ADDR") or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
         return default
     return int(os.environ[key])
 
 
-WORLD = from_torchrun("WORLD_SIZE", 1)
+WORLD = max(1, from_torchrun("WORLD_SIZE", 1))
 RANK = from_torchrun("RANK", 0) if WORLD > 1 else 0
 
 
@@ -165,17 +165,24 @@ def check_memory(make, model_config, config, device):
             raise MemoryError(f"{what} takes {size / 1e9:,.0f} GB or more")
 
 
+FULL = ("out of memory", "DefaultCPUAllocator")
+# Of a size that no integer of C++ holds.
+BEYOND = ("calculation overflowed", "argument 'size' failed to unpack", "Overflow when unpacking long",
+          "too large to convert to C")
+
+
 @contextmanager
 def out_of_memory(fix):
     """Turns any of the errors for want of memory into one line that says what helps."""
     try:
         yield
-    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:        # numpy's; CUDA's, MPS's, the CPU's; a
-        known = ("out of memory", "DefaultCPUAllocator", "calculation overflowed",  # size that no integer of C++ holds
-                 "argument 'size' failed to unpack", "Overflow when unpacking long", "too large to convert to C")
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:        # numpy's; CUDA's, MPS's, the CPU's
+        reason = (str(error) or "no details").splitlines()[0][:200]
+        if any(words in str(error) for words in BEYOND):
+            reason = "a size is more than any machine has"
+        elif not isinstance(error, MemoryError) and not any(words in str(error) for words in FULL):
             raise
-        raise UserError(f"out of memory ({(str(error) or 'no details').splitlines()[0][:200]}): {fix}") from None
+        raise UserError(f"out of memory ({reason}): {fix}") from None
 
 
 def say(line):
@@ -244,11 +251,15 @@ def processes():
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     by_hand = "TORCHELASTIC_RUN_ID" not in os.environ
+    if RANK >= WORLD:
+        raise UserError(f"RANK={RANK} must be below WORLD_SIZE={WORLD}: start the processes with torchrun, or unset "
+                        "WORLD_SIZE for one process alone")
     if by_hand:
-        say(f"waiting for {WORLD} processes at {where}, as WORLD_SIZE says; for one process alone: unset WORLD_SIZE")
+        print(f"process {RANK}: waiting for {WORLD} processes at {where}, as WORLD_SIZE says; for one process alone: "
+              "unset WORLD_SIZE", file=sys.stderr, flush=True)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=2 if by_hand else 30)))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"the {WORLD} processes did not connect at {where} ({str(error).splitlines()[0][:100]}): start "
                         "them with torchrun, or unset WORLD_SIZE for one process alone") from None
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # old ones left keys

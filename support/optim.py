@@ -5,6 +5,8 @@ from collections import defaultdict, deque
 import numpy as np
 import torch
 
+from support import speedups
+
 # The blocks' matrices, which Muon takes.
 HIDDEN = ("qkv", "out", "up", "gate", "both")
 
@@ -32,6 +34,7 @@ def make_optimizer(model, config):
         })
     optimizer = Muon(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     optimizer.names = all_names
+    optimizer.in_bf16 = config.precision == "bf16" and speedups.BF16_UNITS
     for module in model.modules():
         if len(getattr(module, "parts", ())) > 1:
             optimizer.parts[module.weight] = module.parts
@@ -60,11 +63,13 @@ class Muon(torch.optim.AdamW):
     weight decay serve both (arXiv 2502.16982). A weight that is several matrices one below the other, as q, k and v in
     one projection, is stepped as these: `parts` holds their rows, and each is orthogonalised by itself, with its own
     rows and columns in the factor. (As one matrix, config/tiny.py ends at 1.036 nats instead of 1.017.)
-    Differs from torch.optim.Muon: fp32 on a CPU, where its bf16 can be hundreds of times slower; torch before 2.9.
+    Differs from torch.optim.Muon: fp32 on a CPU unless it trains in bf16 and has units for it, without which that is
+    hundreds of times slower; torch before 2.9.
     """
 
     def __init__(self, groups, **options):
         self.names = []                                                           # of the parameters of all groups
+        self.in_bf16 = False                                                      # the products of a CPU; a GPU's are
         self.parts = {}                                                           # {weight: rows of each matrix in it}
         super().__init__(groups, **options)
 
@@ -111,7 +116,7 @@ class Muon(torch.optim.AdamW):
         for shape, pairs in same_shape.items():
             Ws, Gs = zip(*pairs)
             G = torch.stack(Gs)
-            U = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype)
+            U = orthogonal(G.bfloat16() if G.is_cuda or self.in_bf16 else G).to(G.dtype)
             U *= rate * (0.2 * max(shape) ** 0.5)
             torch._foreach_sub_(Ws, U.unbind())
 

@@ -13,21 +13,20 @@ import itertools
 import json
 import os
 import re
-import shlex
 import threading
 import zlib
 from pathlib import Path
 
-from configurator import UserError, show
+from configurator import UserError, shell, show
 from support.dataset import clean
-from support.files import encoding_of, file_sha256, has_many_nuls, not_text
+from support.files import check_text, encoding_of, file_sha256, not_text
 
 PIECE = 1 << 20  # a .txt file is read in pieces of so many bytes
 HEAD = 1 << 16  # so many bytes tell what a file is
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-ENCODED = EXTENSIONS[:-1]  # a user can give them another encoding
 INVALID = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # what JSON can write beside
+codecs.register_error("mark", lambda error: ("\udfff", error.end))  # what we make of bytes that are not UTF-16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ def find_files(patterns):
         if not paths:
             raise UserError(f"--data_files: {why_none(pattern)}")
         for path in sorted(paths, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
-            found.setdefault(os.path.realpath(path), path)
+            found.setdefault(identity(path), path)
     for path in sorted(found.values()):
         if not path.lower().endswith(EXTENSIONS):
             raise UserError(f"{path}: cannot read this kind of file, only {' '.join(EXTENSIONS)}: plain text of "
@@ -63,10 +62,16 @@ def find_files(patterns):
     return sorted(found.values()), base
 
 
+def identity(path):
+    """The same for all names of a file, by links of any kind."""
+    stat = os.stat(path)
+    return (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)
+
+
 def why_none(pattern):
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
-        return f"{pattern} is a folder: name its files, {shlex.quote(os.path.join(pattern, '*.txt'))}"
+        return f"{pattern} is a folder: name its files, {shell(os.path.join(pattern, '*.txt'))}"
     if os.path.lexists(path):
         return f"{pattern} is not a regular file, or a link to none: name a file"
     return f"no file matches {pattern!r}"
@@ -122,7 +127,7 @@ def folders_below(folder):
         except OSError as error:
             raise unreadable(path, error) from None
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            if os.path.isdir(entry) and not entry.name.startswith("."):
                 (links if entry.is_symlink() else now).append(entry.path)
 
 
@@ -135,6 +140,14 @@ def held_out(path, base):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is read
+
+
+class TooManyBad(UserError):
+    pass
+
+
+MEANINGS = {"bad": "unreadable records skipped", "empty": "empty documents skipped",
+            "repaired": "texts with invalid characters, now U+FFFD", "nul": "texts with NUL characters"}
 
 
 class Tally:
@@ -150,7 +163,7 @@ class Tally:
         self.counts["bad"] += 1
         self.examples = [*self.examples, example][:10]
         if self.counts["bad"] > self.max_bad:
-            raise UserError(f"{example}; fix the file, or skip such records with a larger --max_bad "
+            raise TooManyBad(f"{example}; fix the file, or skip such records with a larger --max_bad "
                             f"(now {self.max_bad})")
 
     def summary(self):
@@ -171,6 +184,9 @@ def read(path, begin, end, tally, field="text"):
             texts = read_json(path, tally, field)
         for good, item in enumerate(texts, 1):
             yield item
+    except TooManyBad:
+        if good or tally.counts["bad"] - bad < 10:
+            raise
     except UserError:
         raise
     except Exception as error:
@@ -179,19 +195,21 @@ def read(path, begin, end, tally, field="text"):
         raise unreadable(path, error) from None
     bad = tally.counts["bad"] - bad
     if bad and not good:
-        raise UserError(f"{path}: not one of its {bad} records can be read ({tally.examples[-1]}): leave it out, or "
+        raise UserError(f"{path}: not one of {bad} records can be read ({tally.examples[-1]}): leave it out, or "
                         "write one JSON object per line, with its text under --text_field")
 
 
 def valid(found, path, tally):
     """What a reader found as (text, its UTF-8, last, position), with empty texts left out and invalid ones repaired.
 
-    A file of which many bytes are invalid, and more than are part of a valid character, is of another encoding."""
-    invalid = beyond_ascii = size = 0
+    A file of which many bytes are invalid, and more than are part of a valid character, is of another encoding; one of
+    many NUL characters too."""
+    invalid = beyond_ascii = nuls = size = 0
     sample = b""
 
     def check():
-        if invalid > max(size / 1000, beyond_ascii) and path.lower().endswith(ENCODED):
+        wrong = invalid > max(size / 1000, beyond_ascii) or nuls > max(size / 100, 100)
+        if wrong and path.lower().endswith(EXTENSIONS):
             raise not_text(path, sample)
     for text, last, position in found:
         if not text:
@@ -205,7 +223,13 @@ def valid(found, path, tally):
             escaped = len(INVALID.findall(text))
             invalid += escaped
             beyond_ascii -= 2 * escaped  # U+FFFD has three bytes
-            sample = sample or SURROGATE.sub("?", text).encode("utf-8", "surrogateescape")
+        if "\0" in text:
+            tally.counts["nul"] += 1
+            nuls += text.count("\0")
+        if repaired is not text or "\0" in text:
+            first = re.search("\0|" + INVALID.pattern, text)
+            begin = max(0, first.start() - 1) if first else 0
+            sample = sample or SURROGATE.sub("?", text[begin:begin + HEAD]).encode("utf-8", "surrogateescape")
             if size > PIECE:
                 check()
         yield repaired, utf8, last, position
@@ -224,19 +248,22 @@ def read_plain(path, begin, end, size=PIECE):
     A cut between a non-space and a space or newline changes no token: GPT-2's pattern begins a new word there,
     whatever follows. A piece grows until it has such a place; memory is that of a piece, whatever the file."""
     with open(path, "rb") as raw:
-        encoding, mark = encoding_of(raw.read(4))
-        decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if encoding == "utf-8" else "replace")
+        encoding, mark = check_text(path, raw.read(HEAD))
+        decoder = codecs.getincrementaldecoder(encoding)(errors_of(encoding))
         raw.seek(max(begin, mark))
         text = ""
         while chunk := raw.read(max(0, min(size, end - raw.tell()))):
-            if encoding == "utf-8" and has_many_nuls(chunk):
-                raise not_text(path, chunk)
             text += decoder.decode(chunk)
             cut = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, max(0, len(text) - len(chunk) - 1))
             if cut and raw.tell() < end:
                 yield text[:cut.end()], False, raw.tell()
                 text = text[cut.end():]
         yield text + decoder.decode(b"", True), True, raw.tell()
+
+
+def errors_of(encoding):
+    """How invalid bytes become characters that mark them, of which clean() makes U+FFFD."""
+    return "surrogateescape" if encoding == "utf-8" else "mark"
 
 
 def split_tail(path, val_fraction):
@@ -281,26 +308,24 @@ def read_json(path, tally, field):
 
 
 def bad_gzip(path, number, stream, error):
-    name = shlex.quote(path)
+    name = shell(path)
     if "Not a gzipped file" not in str(error):
         return UserError(f"{path}:{number + 1}: the gzip stream is truncated or damaged and the rest lost: fetch the "
                          "file again, or give what `gzip -dc` still reads of it")
     if not stream.tell():
         return UserError(f"{path} is not compressed, though its name ends in .gz: rename it, "
-                         f"mv {name} {shlex.quote(path[:-3])}")
+                         f"mv {name} {shell(path[:-3])}")
     return UserError(f"{path} has other bytes after the end of its gzip stream: if they are not your text, drop "
-                     f"them, gzip -dc {name} > {shlex.quote(path[:-3])}, and give that file")
+                     f"them, gzip -dc {name} > {shell(path[:-3])}, and give that file")
 
 
 def json_records(path, stream):
     """The records of a stream and what parses one: lines, which end in LF, CR LF or CR, or the items of an array."""
     head = stream.read(HEAD)
     stream.seek(0)
-    encoding, mark = encoding_of(head)
-    if encoding == "utf-8" and has_many_nuls(head):
-        raise not_text(path, head)
+    encoding, mark = check_text(path, head)
     stream.read(mark)
-    lines = io.TextIOWrapper(stream, encoding, "surrogateescape" if encoding == "utf-8" else "replace")
+    lines = io.TextIOWrapper(stream, encoding, errors_of(encoding))
     if head[mark:].decode(encoding, "ignore").lstrip().startswith("["):
         return read_array(path, lines)
     return lines, parse_json
@@ -354,14 +379,19 @@ def text_of(record, field):
 def read_parquet(path, tally, field):
     import pyarrow.parquet  # comes with datasets
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
-        if field not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column {field}: name the one that holds the text, --text_field=..., of "
-                            f"{', '.join(table.schema_arrow.names)}")
+        names = table.schema_arrow.names
+        name_it = f"name the one that holds the text, --text_field=..., of {', '.join(names)}"
+        if field not in names:
+            raise UserError(f"{path} has no column {field}: {name_it}")
         row = 0
         rows = table.metadata.num_rows
         size = os.path.getsize(path)
         for batch in table.iter_batches(1024, columns=[field]):
-            column = batch.column(field).cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+            try:
+                column = batch.column(field).cast(pyarrow.large_binary())  # a string column may hold broken UTF-8
+            except pyarrow.ArrowNotImplementedError:
+                kind = table.schema_arrow.field(field).type
+                raise UserError(f"{path}: its column {field} holds {kind}, not text: {name_it}") from None
             for row, text in enumerate(column.to_pylist(), row + 1):
                 if text is None:
                     tally.bad(path, row, f"{field} is null")

@@ -131,6 +131,22 @@ def test_key_of_several_classes_sets_them_all():
     assert model.seed == train.seed == 7
 
 
+def test_home_is_found_in_every_path_and_in_no_other_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    modules = ["train", "sample", "eval", "prepare", "model"]
+    modules += [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("[a-z]*.py")]
+    found = {}
+    for module in map(importlib.import_module, modules):
+        for cls in [value for name, value in vars(module).items() if name.endswith("Config")]:
+            found |= {item.name: cls for item in fields(cls) if item.type is str}
+    others = {"dataset", "device", "config", "text_field", "shards", "prompt", "tasks", "wandb_project", "feature_map",
+              "parts", "seq_lens", "positions", "decode_batch", "lrs", "presets", "only", "data_files"}  # these are globs
+    expanded = {key for key in found if configurator.expand_home(key, "~/x") == f"{tmp_path}/x"}
+    assert expanded == found.keys() - others and {"out_dir", "prompt_file", "save_state", "json"} <= expanded
+    config, = configure(["--out_dir=~/x", "--prompt=~/x", "--load_state=~no-such-user/x"], sample.SampleConfig)
+    assert (config.out_dir, config.prompt, config.load_state) == (f"{tmp_path}/x", "~/x", "~no-such-user/x")
+
+
 # What is refused, and how
 
 @pytest.mark.parametrize("argv, words", [
@@ -151,6 +167,10 @@ def test_key_of_several_classes_sets_them_all():
     (["--betas=1"], ["--betas"]), (["--betas=1,2,3"], ["--betas"]), (["--resume=maybe"], ["True or False or 'auto'"]),
     (["stray"], ["'stray' is not understood", "--key=value"]), (["-x"], ["'-x' is not understood"]),
     (["--dim=9"], ["dim must be", "a multiple of 8, got 9"]),
+    (["--dim=10**200"], ["--dim must be a whole number, got '10**200', which is too large"]),
+    (["--dim=1e30"], ["got '1e30', which is too large"]), (["--dim=9**99**9"], ["which is too large"]),
+    (["--lr=1e300"], ["--lr must be a number, got '1e300', which is too large"]), (["--lr=-1e999"], ["is too large"]),
+    (["--window=10**200"], ["a whole number or None, got '10**200', which is too large"]),
 ])
 def test_bad_flag_is_rejected_with_its_reason(argv, words):
     with pytest.raises(UserError) as caught:
@@ -219,7 +239,7 @@ def test_a_file_without_a_key_is_the_text_of_programs_that_read_one(tmp_path, mo
     (b"dim = 8 # \xff", "x.py: cannot be read as a config file: it is not UTF-8"),
     ("dim = " + "(" * 500 + "8" + ")" * 500, "x.py:"), ("dim = " + "-" * 50_000 + "8", "x.py:"),
     ("dim = " + "1+" * 50_000 + "1", "x.py:"), ("dim = " + "9" * 5000, "x.py:1"),
-    ("dim = 0x" + "f" * 5000, "too large"),
+    ("dim = 0x" + "f" * 5000, "too large"), ("dim = 10.0**30", "1e+30, which is too large"),
 ])
 def test_bad_config_file_is_rejected_with_its_line(file, text, message):
     with pytest.raises(UserError) as caught:
@@ -322,6 +342,9 @@ def main():
             file.write("mine\\n")
             os.write(1, b"printed\\n")
             print("printed", os.fstat(0))
+    if config.fail == "log":
+        print("log", file=sys.stderr, flush=True)
+        return
     if config.fail.startswith("os."):
         eval(config.fail)
     if config.fail:
@@ -359,6 +382,20 @@ def test_mistake_is_exit_code_2_and_one_line_without_traceback(program, argument
 def test_success_is_exit_code_0(program):
     code, out, err = program("--dim=8")
     assert (code, out.count("x"), err) == (0, 8000, "")
+
+
+def test_a_log_on_a_full_disk_fails_no_run(program):
+    assert program("--fail=log 2>/dev/full")[0] == 0
+    assert program("--dim=9 2>/dev/full")[0] == 2
+    assert program("--dim=8 >/dev/full")[0] == 2
+
+
+def test_a_command_that_is_shown_is_one_word_for_each_to_a_shell():
+    words = ["plain", "two words", "it's", "$(x)", "*", "\x1b[2J'\\", "é", os.fsdecode(b"\xff"), "\n", ""]
+    shown = configurator.shell(*words)
+    assert shown.isprintable() and shown.startswith("plain 'two words' ")
+    echoed = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, check=True).stdout
+    assert [os.fsdecode(word) for word in echoed.split(b"\0")[:-1]] == words
 
 
 def test_help_shows_examples_usage_and_every_key_with_default_and_meaning(program):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import eval
-from configurator import command
+from configurator import UserError, command
 from model import LM, ModelConfig
 from test_sample import BYTES, one_thread, write_checkpoint  # noqa: F401 (a fixture)
 
@@ -252,6 +253,25 @@ def test_a_temperature_means_sampling_unless_the_task_says_otherwise_as_in_the_h
     assert eval.read_options(options)[1] == {"temperature": temperature, "top_k": 0, "top_p": 1}
     nulls = {"top_k": None, "top_p": None, "until": None, "max_gen_toks": None}
     assert eval.read_options(options | nulls) == eval.read_options(options)
+
+
+@pytest.mark.parametrize("options", [{"temperature": "none"}, {"temperature": -1}, {"temperature": math.nan}, {"until": [5]},
+                                     {"max_gen_toks": math.inf}, {"max_gen_toks": [7]}, {"top_k": "all"}, {"until": 7}])
+def test_a_generation_option_that_means_nothing_is_one_line(options):
+    with pytest.raises(UserError, match="^a task's generation_kwargs cannot be read"):
+        eval.read_options(options)
+
+
+def test_generation_options_that_are_not_followed_are_named(monkeypatch, capsys):
+    api = types.ModuleType("lm_eval.api.model")
+    api.TemplateLM = object
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api", types.ModuleType("lm_eval.api"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", api)
+    harness = eval.harness_model(tiny().float(), BYTES, 0, 1)
+    request = types.SimpleNamespace(args=("abc", {"until": [], "max_gen_toks": 2, "num_beams": 4, "stop": ["x"]}))
+    harness.generate_until([request, request], disable_tqdm=True)
+    assert capsys.readouterr().err == "warning: generation_kwargs that change nothing here: num_beams, stop\n"
 
 
 @pytest.mark.parametrize("length, options, prompt, text", [

@@ -5,6 +5,7 @@ References as in model.py: [1] Transformers are RNNs, [2] Based, [3] RetNet, [6]
 """
 import cmath
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -22,6 +23,7 @@ import model
 from configurator import read_config_file
 from model import (FEATURE_MAPS, LM, ModelConfig, choose, naive_softmax_attention, normalised, rope_table, rotate,
                    softmax_attention)
+from support import speedups
 
 
 def chunked(size):
@@ -174,6 +176,51 @@ def test_bf16_is_within_one_percent_of_fp32_at_2048_tokens(form, rule):
     assert y.dtype == torch.bfloat16 and S.dtype == torch.float32
     assert (y - wanted).norm() < 0.01 * wanted.norm()
     assert (S - wanted_state).norm() < 0.01 * wanted_state.norm()
+
+
+@pytest.mark.parametrize("T", [65, 200, 2000])
+@pytest.mark.parametrize("normaliser", [False, True], ids=["", "normaliser"])
+@pytest.mark.parametrize("rule", ["plain", "decay"])
+def test_products_in_bf16_are_as_exact_as_the_kernels(rule, normaliser, T, monkeypatch):
+    """Within 6e-3 of float64, as tests/test_support_kernels.py asks: values, state and gradients."""
+    monkeypatch.setattr(speedups, "BF16_UNITS", True)
+    x = operands(T, rule, B=1, K=32, V=32)
+    form, exact = model.linear_attention_chunked, model.linear_attention_quadratic
+    if normaliser:
+        x |= {name: torch.rand_like(x["q"]) for name in ("q_den", "k_den")}
+        x["state"] = torch.rand(*x["state"].shape[:3], x["v"].shape[-1] + 1)
+        form, exact = (functools.partial(model.normalised, each) for each in (form, exact))
+    x = {name: value.bfloat16().detach().requires_grad_() for name, value in x.items()}
+    for name in {"log_decay", "state"} & {*x}:
+        x[name] = x[name].detach().float().requires_grad_()
+    results = values_and_gradients(form, x)
+    wanted = values_and_gradients(exact, {name: value.detach().double().requires_grad_() for name, value in x.items()})
+    assert results[0].dtype == torch.bfloat16 and results[1].dtype == torch.float32
+    for got, exact in zip(results, wanted):
+        assert (got.double() - exact).norm() < 6e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_only_bf16_inputs_are_multiplied_in_bf16_and_only_where_that_is_fast(units, monkeypatch):
+    monkeypatch.setattr(speedups, "BF16_UNITS", units)
+    q, k, v = torch.randn(3, 1, 2, 2000, 8).bfloat16()
+    _, S = model.linear_attention_chunked(q, k, v)
+    wanted, wanted_state = model.linear_attention_chunked(*(x.float() for x in (q, k, v)))
+    assert torch.equal(S, wanted_state) == (not units)
+    monkeypatch.setattr(speedups, "BF16_UNITS", not units)
+    assert torch.equal(wanted, model.linear_attention_chunked(*(x.float() for x in (q, k, v)))[0])
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_2000_ones_do_not_stall_at_256(units, monkeypatch):
+    monkeypatch.setattr(speedups, "BF16_UNITS", units)
+    ones = torch.ones(1, 1, 2000, 1, dtype=torch.bfloat16)
+    y, S = model.linear_attention_chunked(ones, ones, ones)
+    assert S.item() == 2000
+    close(y.float().flatten(), torch.arange(1, 2001.0), 4e-3)
+    y, S = model.normalised(model.linear_attention_chunked, ones, ones, ones, ones.clone(), ones.clone())
+    assert S.tolist() == [[[[2000, 2000]]]]
+    close(y, ones, 4e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)

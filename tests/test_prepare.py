@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tqdm
 from hypothesis import given, settings, strategies as st
@@ -144,7 +145,7 @@ def test_every_line_is_a_text_or_is_counted(scratch, lines):
     try:
         texts, bad = read_all(scratch / "lines.jsonl", data)
     except UserError as error:
-        assert re.search("lines.jsonl(: not one of its| is not UTF-8| begins as one JSON array)", str(error))
+        assert re.search("lines.jsonl(: not one of| is not UTF-8| begins as one JSON array)", str(error))
         return
     assert all(isinstance(text, str) for text in texts)
     if data.decode(errors="replace").lstrip().startswith("["):
@@ -173,7 +174,6 @@ def test_a_damaged_gzip_never_passes_for_a_whole_one(scratch, data, position, va
 @pytest.fixture(scope="module")
 def parquet(scratch):
     import pyarrow
-    import pyarrow.parquet
     texts = ["one", "", "two", "déjà", "x" * 300]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(5)}), scratch / "whole.parquet")
     return (scratch / "whole.parquet").read_bytes()
@@ -268,7 +268,6 @@ def test_local_c4_gives_one_bin_per_file_and_every_document(tmp_path):
 
 def test_every_kind_of_file_gives_the_same_texts(tmp_path):
     import pyarrow
-    import pyarrow.parquet
     texts = [f"document {i} \ufffd é\n" for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "a.jsonl.gz", texts)
@@ -509,7 +508,6 @@ def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, 
 
 def test_small_files_of_any_kind_share_a_bin(tmp_path):
     import pyarrow
-    import pyarrow.parquet
     for i in range(15):
         write_jsonl(tmp_path / f"{i:02d}.jsonl", [f"{i} {j}" for j in range(9)])
         write_jsonl(tmp_path / f"{i:02d}.val.jsonl.gz", [f"{i} {j}" for j in range(9)])
@@ -527,6 +525,8 @@ def test_a_text_behind_links_is_read_once_and_loops_of_links_end(tmp_path):
         (tmp_path / "texts" / link).symlink_to(".." if link.endswith("up") else ".")
     (tmp_path / "texts/a link").symlink_to("2024")
     (tmp_path / "texts/again.txt").symlink_to("2024/a.txt")
+    (tmp_path / "texts/self").symlink_to("self")
+    (tmp_path / "texts/2024/hard.txt").hardlink_to(tmp_path / "texts/2024/a.txt")
     found, base = texts.find_files(str(tmp_path / "texts/**/*.txt"))
     assert [os.path.relpath(path, base) for path in found] == ["2024/a.txt", "2024/deep/b.txt", "c.txt"]
     assert [os.path.basename(path) for path in texts.find_files(str(tmp_path / "texts/**"))[0]] == ["a.txt", "b.txt", "c.txt"]
@@ -550,6 +550,7 @@ def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_comma
     home = os.environ | {"HOME": str(tmp_path)}
     out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=home)
     assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
+    assert "no file matches '~no-such-user/x'" in refusal(tmp_path, "--dataset=d", "--data_files=~no-such-user/x")
     words = shlex.split(re.search("next.*:\n +(.*)", out)[1])
     assert words[:3] == ["python", "train.py", "config/tiny.py"] and f"--data_dir={tmp_path}/my $data;" in words
 
@@ -561,6 +562,12 @@ def test_a_name_that_the_terminal_has_no_characters_for_is_no_error(tmp_path, en
     (tmp_path / "a.txt").write_text("text " * 100)
     out = run(tmp_path, "--dataset=d", "--data_files=*.txt", env=os.environ | {"PYTHONIOENCODING": encoding})
     assert "validation: val-" in out and "next" in out
+
+
+def test_the_name_of_a_folder_cannot_clear_the_screen(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    out = run(tmp_path, "--dataset=d", "--data_files=a.txt", "--data_dir=\x1b[2J\n")
+    assert out.startswith("\\x1b[2J\\n/d: ") and "\x1b" not in out
 
 
 @pytest.mark.parametrize("make, words", [
@@ -587,15 +594,68 @@ def test_a_byte_order_mark_says_how_a_text_is_read(tmp_path, encoding, kind):
     assert "invalid" not in out
 
 
-@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.jsonl.gz"])
-@pytest.mark.parametrize("encoding, named", [("latin-1", "CP1252"), ("utf-16-le", "UTF-16LE"), ("cp1251", "CP1251")])
+@pytest.mark.parametrize("kind", ["one.txt", "records.jsonl", "records.jsonl.gz", "records.parquet"])
+@pytest.mark.parametrize("encoding, named", [("latin-1", "CP1252"), ("utf-16-le", "UTF-16LE"), ("cp1251", "CP1251"),
+                                             ("koi8-r", "KOI8-R")])
 def test_a_text_of_another_encoding_is_refused_and_its_encoding_named(tmp_path, kind, encoding, named):
-    line = "Привет, как дела? Это обычный текст." if encoding == "cp1251" else "Le café était fermé ce jour-là."
-    line = line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)
-    data = "".join(line + "\n" for _ in range(300)).encode(encoding)
-    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    line = "Le café était fermé ce jour-là."
+    if encoding in ("cp1251", "koi8-r"):
+        line = "Привет, как дела? Это обычный текст на русском языке, я люблю кошек."
+    fix = f"iconv -f {named} -t UTF-8 {kind}"
+    if kind.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [line.encode(encoding)] * 300}), tmp_path / kind)
+        fix = "write it as strings"
+    else:
+        line = line if kind == "one.txt" else json.dumps({"text": line}, ensure_ascii=False)
+        data = "".join(line + "\n" for _ in range(300)).encode(encoding)
+        (tmp_path / kind).write_bytes(data)
+    if kind.endswith(".gz"):
+        (tmp_path / kind).write_bytes(gzip.compress(data))
+        fix = f"gzip -dc {kind} | iconv -f {named} -t UTF-8"
     error = refusal(tmp_path, "--dataset=d", f"--data_files={kind}")
-    assert f"{kind} is not UTF-8 text, perhaps {named}" in error and f"iconv -f {named} -t UTF-8 {kind}" in error
+    assert f"{kind} is not UTF-8 text, perhaps {named}" in error and fix in error
+
+
+def test_utf_16_after_utf_8_as_powershell_appends_it_is_refused_and_a_few_nuls_are_counted(tmp_path):
+    text = "A line of English text, and another.\n" * 2000
+    (tmp_path / "a.txt").write_bytes(text.encode() * 20 + text.encode("utf-16-le") + text.encode() * 5)
+    assert "a.txt is not UTF-8 text, perhaps UTF-16LE" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt")
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\0\0" + text.encode())
+    assert "1 texts with NUL characters" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_what_is_no_utf_16_within_it_is_repaired_and_counted(tmp_path, encoding, name):
+    line = "A line of English text."
+    line = line if name == "a.txt" else json.dumps({"text": line})
+    data = (line + "\n").encode(encoding)
+    for broken in (data * 1 + b"x", data + "\ud800".encode(encoding + "-le", "surrogatepass") + b"x\0\0\0"):
+        (tmp_path / name).write_bytes(broken)
+        (tmp_path / "b.txt").write_text("more text " * 1000)
+        out = run(tmp_path, "--dataset=d", f"--data_files={name},b.txt")
+        assert "1 texts with invalid characters" in out or f"{name}:2: not JSON" in out
+        shutil.rmtree(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("data, kind", [(gzip.compress(b"text" * 99), "gzip"), (b"%PDF-1.4", "PDF"), (b"PK\3\4", "zip"),
+                                        (b"PAR1", "Parquet"), (b"\x28\xb5\x2f\xfd", "zstd")])
+def test_a_file_of_another_format_is_called_that(tmp_path, name, data, kind):
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert f"{name} holds {kind} data, not text" in refusal(tmp_path, "--dataset=d", f"--data_files={name}")
+
+
+def test_a_column_that_holds_no_text_is_named_with_what_it_holds(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": [[1, 2]], "body": ["b"]}), tmp_path / "a.parquet")
+    error = refusal(tmp_path, "--dataset=d", "--data_files=a.parquet")
+    assert "a.parquet: its column text holds list<" in error and "--text_field=..., of text, body" in error
+
+
+def test_pretty_printed_json_is_not_advised_to_be_skipped(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": f"text {i}"} for i in range(50)]}, indent=1))
+    error = refusal(tmp_path, "--dataset=d", "--data_files=a.json")
+    assert "not one of 11 records can be read" in error and "max_bad" not in error
 
 
 def test_a_few_invalid_bytes_in_a_long_text_are_repaired_and_counted(tmp_path):
@@ -620,7 +680,7 @@ def test_an_array_of_records_and_lines_that_end_in_cr_are_read_whole(tmp_path, n
     (gzip.compress(b'{"text": "whole"}\n') + b"trailing", "has other bytes after the end of its gzip stream"),
     (gzip.compress(b'{"text": "whole"}\n' * 9)[:-3], "is truncated or damaged"),
     (gzip.compress(b'[{"text": "one"}, {"te'), "begins as one JSON array and cannot be read as one"),
-    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of its 3 records can be read")],
+    (gzip.compress(b'{\n "text": "over several lines"\n}\n'), "not one of 3 records can be read")],
     ids=["plain", "trailing", "cut", "half an array", "lines"])
 def test_what_cannot_be_read_of_a_compressed_file_is_named_for_what_it_is(tmp_path, data, words):
     (tmp_path / "a.json.gz").write_bytes(data)
@@ -972,7 +1032,7 @@ def test_after_a_run_that_failed_the_corrected_command_makes_what_it_would_have_
     write_jsonl(tmp_path / "good.jsonl", [f"good {i}" for i in range(100)])
     write_jsonl(tmp_path / "other.jsonl", [f"other {i}" for i in range(100)])
     (tmp_path / "bad.jsonl").write_text("no json\n" * 100)
-    assert "bad.jsonl:11: not JSON" in refusal(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--processes=1")
+    assert "bad.jsonl: not one of 11 records" in refusal(tmp_path, "--dataset=d", "--data_files=*.jsonl", "--processes=1")
     for flags in (["--data_files=good.jsonl"], ["--data_files=g*.jsonl o*.jsonl", "--val_fraction=0.3"]):
         (tmp_path / "data/d/manifest.json").unlink(missing_ok=True)  # as if the run before had failed
         run(tmp_path, "--dataset=d", *flags)

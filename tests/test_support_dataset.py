@@ -86,7 +86,8 @@ def test_tokenizer_hashes_are_pinned(gpt2):
 
 
 CHANGES = [("dtype", "O"), ("dtype", "float32"), ("dtype", "<u2"), ("dtype", 3), ("vocab_size", 0), ("vocab_size", True),
-           ("vocab_size", 2.0), ("vocab_size", 10**30), ("tokenizer", None), ("files", []), ("tokens", -1), ("tokens", 1.5),
+           ("vocab_size", 2.0), ("vocab_size", 10**30), ("tokenizer", None), ("tokenizer", "gpt2"),
+           ("tokenizer", "mine.json"), ("tokenizer", "mine"), ("tokenizer_hash", "0" * 64), ("vocab_size", 258), ("files", []), ("tokens", -1), ("tokens", 1.5),
            ("tokens", True), ("documents", "1"), ("bytes", 10**30), ("bytes", 0), ("version", True), ("split", "val"),
            ("sha256", "x"), ("sha256", 7), ("examples", [1]), *[("name", name) for name in ("../train-00000.bin", "/etc/passwd", "train-00000.txt",
                                                             "train/../x.bin", "train-0\0.bin", "x.bin", "")]]

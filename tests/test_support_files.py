@@ -99,8 +99,9 @@ def test_a_target_that_cannot_be_written_is_found_before_the_work(tmp_path, monk
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, *args, **options)
     monkeypatch.setattr(os, "open", refuses)
-    with pytest.raises(UserError, match="use another --json"):
+    with pytest.raises(UserError, match="use another --json") as error:
         check_target(tmp_path / name, "json")
+    assert str(error.value).count("cannot write") == 1
     with pytest.raises(UserError, match="cannot write"):
         write_json(tmp_path / name, 1)
     check_target(tmp_path / "folder/new/x", "json")

@@ -109,18 +109,30 @@ def test_a_rank_in_the_environment_without_torchrun_does_not_silence_the_run():
                    cwd=Path(train.__file__).parent, env=os.environ | {"RANK": "1"})
 
 
-@pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "two"}])
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "two"},
+                                       *[TORCHRUN | {"WORLD_SIZE": n} for n in ("0", "-1", "\u0662", "9" * 11)],
+                                       TORCHRUN | {"RANK": "x"}, TORCHRUN | {"LOCAL_RANK": ""}])
 def test_what_another_program_left_in_the_environment_makes_no_processes_of_torchrun(left_over):
     subprocess.run([sys.executable, "-c", "import train; assert (train.RANK, train.WORLD) == (0, 1)"], check=True,
                    cwd=Path(train.__file__).parent, env=os.environ | left_over)
 
 
-def test_processes_that_wait_for_others_say_so_and_what_to_type_for_one_alone(tmp_path):
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+def test_a_rank_beyond_the_world_is_refused_at_once(tmp_path):
+    done = subprocess.run([sys.executable, train.__file__, "--batch_size=4", "--grad_accum=2"], cwd=tmp_path,
+                          env=os.environ | TORCHRUN | {"RANK": "5"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: RANK=5 must be below WORLD_SIZE=2: ")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_wait_for_others_say_so_and_what_to_type_for_one_alone(tmp_path, rank):
+    environment = os.environ | TORCHRUN | {"RANK": rank, "MASTER_PORT": "29871"}
     process = subprocess.Popen([sys.executable, train.__file__, "--batch_size=4", "--grad_accum=2"], cwd=tmp_path, env=environment,
                                stderr=subprocess.PIPE, text=True)
     try:
-        assert "waiting for 2 processes at localhost:0" in (line := process.stderr.readline()) and "unset WORLD_SIZE" in line
+        assert "waiting for 2 processes at localhost:29871" in (line := process.stderr.readline()) and "unset WORLD_SIZE" in line
     finally:
         process.kill()
         process.communicate()

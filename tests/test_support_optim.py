@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model import LM, ModelConfig
+from support import speedups
 from support.optim import Muon, load_named_state, lr_at, make_optimizer, named_state, orthogonal
 from train import TrainConfig
 
@@ -72,6 +73,23 @@ def test_muon_orthogonalises_q_k_and_v_each_by_itself_with_a_step_of_the_same_si
         assert (along - along.diag().diag()).abs().max() < 1e-3
         assert along.diag()[S > 0.1 * S[0]].sub(0.95).abs().max() < 0.3
         assert move.square().mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.2)
+
+
+@pytest.mark.parametrize("precision, units, same", [("bf16", True, False), ("bf16", False, True), ("fp32", True, True)])
+def test_muon_steps_in_bf16_on_a_cpu_that_trains_in_it_and_has_units(precision, units, same, monkeypatch):
+    def moved(precision):
+        torch.manual_seed(0)
+        model = LM(ModelConfig(257, 64, 1, 2))
+        optimizer = make_optimizer(model, TrainConfig(optimizer="muon", lr=0.1, weight_decay=0, precision=precision))
+        W = model.blocks[0].mlp.up.weight
+        before = W.detach().clone()
+        W.grad = torch.randn_like(W)
+        optimizer.step()
+        return W.detach() - before
+    monkeypatch.setattr(speedups, "BF16_UNITS", units)
+    got, wanted = moved(precision), moved("fp32")
+    assert torch.equal(got, wanted) == same
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import LM, ModelConfig, Projection, choose, naive_softmax_attention
+from model import LM, ModelConfig, Projection, choose, elu, naive_softmax_attention, rope_table, rotate
 from support import speedups
 from support.speedups import SoftmaxLoss
 from test_model import TINY, Largest, close, same_numbers_every_time  # noqa: F401 (a fixture)
@@ -47,6 +47,20 @@ def test_a_projection_of_few_tokens_is_the_same_product_read_by_all_cores(shape,
     close(y, wanted, 1e-5)
     close(torch.compile(module, dynamic=False, fullgraph=True, backend="eager")(x), y, 1e-5)  # no graph breaks
     close(*(torch.autograd.grad(z.square().sum(), (x, module.weight)) for z in (y, wanted)), 1e-3)
+
+
+def test_elu_and_rope_in_bf16_are_those_of_fp32_in_values_and_gradients(monkeypatch):
+    monkeypatch.setattr(speedups, "BF16_UNITS", True)
+    table = rope_table(torch.arange(300), 64)
+    x = torch.tensor([-30, -7, -1, -0.0, 0.5, 3, 100]).repeat(1, 2, 300, 10)[..., :64].bfloat16().requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    for function in (elu, lambda x: rotate(x, table)):
+        y, wanted = function(x), function(wide)
+        upstream = torch.randn(y.shape)
+        assert y.dtype == torch.bfloat16
+        got = y, *torch.autograd.grad(y, x, upstream.bfloat16())
+        for got, exact in zip(got, (wanted, *torch.autograd.grad(wanted, wide, upstream))):
+            assert (got - exact).norm() < 5e-3 * exact.norm()
 
 
 def run_fast(monkeypatch, new_state, steps=5):

@@ -125,7 +125,8 @@ def at_step(monkeypatch, step, action):
 def write_dataset(folder, train=range(200), val=range(200), vocab_size=257, tokenizer_hash=BYTES.hash):
     """A dataset of these token ids, consistent with its manifest."""
     folder.mkdir(parents=True)
-    content = {"version": 1, "tokenizer": "bytes", "tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size,
+    name = "bytes" if tokenizer_hash == BYTES.hash else "mine.json"
+    content = {"version": 1, "tokenizer": name, "tokenizer_hash": tokenizer_hash, "vocab_size": vocab_size,
                "dtype": "uint16", "files": {}}
     for split, ids in (("train", train), ("val", val)):
         np.array(ids, "<u2").tofile(folder / f"{split}.bin")
@@ -449,7 +450,8 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     assert "the files of the dataset are others" in refusal(other[0])
     foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
     assert "use --dataset of the same tokenizer" in refusal(*foreign)
-    assert "another shape" in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    assert "would mean something else: dim was 16, now 32." in refusal("--dim=32", "--resume=changed", "--max_steps=15")
+    assert "another shape: blocks." in refusal("--dim=32", "--resume=changed_model", "--max_steps=15")
     assert "another optimizer" in refusal("--optimizer=muon", "--resume=changed", "--max_steps=15")
     result = run("--resume=changed", other[0], "--lr=2e-2", "--max_steps=15")
     assert result.code == 0 and "continuing at step 12" in result.err
@@ -555,6 +557,13 @@ def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_
     assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
 
 
+def test_a_loop_of_links_is_no_plugin_and_no_model(run, refusal):
+    run("--max_steps=1")
+    Path("loop").symlink_to("loop")
+    assert "there is no plugin loop" in refusal("--plugin=loop")
+    assert "loop" in refusal("--init_from=loop") and "loop" in refusal("--out_dir=loop/x")
+
+
 @pytest.mark.parametrize("content, words", [(None, "there is no plugin mine.py"), ("x = = 1", "SyntaxError"),
                                             ("import model\n1 / 0", "the plugin mine.py fails, line 2: ZeroDivisionError")])
 def test_a_plugin_that_fails_is_one_line(run, refusal, tmp_path, content, words):
@@ -609,7 +618,7 @@ def test_starting_over_is_only_by_resume_false_and_leaves_nothing_of_the_old_run
     (["--causal=false"], "next-token"), (["--device=tpu"], "--device=cpu"),
     (["--device=meta"], "device must be auto, cpu"), (["--beta1=1"], "beta1 and beta2 must be below 1, got 1.0"),
     (["--batch_size=10**30", "--grad_accum=10**30"], "batch_size must be below"),
-    (["--dim=10**20"], "out of memory"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
+    (["--dim=10**20"], "out of memory (a size is more than any machine has)"), (["--expand_v=1e30"], "than any machine has): use"), (["--depth=10**30"], "out of memory (the model takes"), (["--depth=10**9"], "--depth"),
     (["--batch_size=10**9"], "out of memory (a piece of a batch takes"), (["--lr=1e99", "--optimizer=muon"], "lr must be in the range of fp32"),
     (["--lr=1e30", "--weight_decay=1e30"], "lr times weight_decay"), (["--lr=-1"], "lr must be at least 0"), (["--mlp_ratio=1e30"], "out of memory"), (["--expand_v=1e30"], "out of memory"),
     (["--mlp_ratio=1e17"], "out of memory"), (["--seq_len=100000"], "too short for"),
@@ -780,6 +789,16 @@ def weights_give_a_loss(path="out/ckpt.pt"):
 RUIN = ["--grad_clip=0", "--save_interval=1", "--max_skips=99"]
 
 
+def test_a_ruined_checkpoint_is_not_resumed_from(run):
+    run("--max_steps=3")
+    checkpoint = load_checkpoint(Path("out/ckpt.pt"))
+    checkpoint["model"]["embed.weight"].fill_(math.nan)
+    torch.save(checkpoint, "out/ckpt.pt")
+    result = run("--max_steps=12", "--resume=changed")
+    assert result.code == DIVERGED and "train.py: out/ckpt.pt gives no good loss: copy an earlier one" in result.err
+    assert load_checkpoint(Path("out/ckpt.pt"))["step"] == 3
+
+
 @pytest.mark.parametrize("lr", ["1e38", "1e30", "1e15", "1e5"])                      # 1e30 leaves the loss finite, 1e5 huge
 def test_ruined_weights_are_never_saved_and_a_run_that_ends_with_them_fails_and_starts_again(run, lr):
     result = run(f"--lr={lr}", *RUIN)
@@ -874,7 +893,7 @@ def test_metrics_have_the_fields_of_the_contract(run):
 def test_a_warmup_that_never_ends_is_said_to_end_with_so_much_of_the_peak(run, tmp_path):
     assert "warmup_steps" not in run("--warmup_steps=11", at="shorter").err
     for steps, share in ((12, 12 / 13), (23, 0.5)):
-        said = f"warmup_steps={steps} is not below max_steps=12, so lr only rises, to {share:.0%} of its peak: use 1 "
+        said = f"warmup_steps={steps} is not below max_steps=12: lr only rises, to {share:.0%} of its peak; --warmup_steps=1 "
         assert said in run(f"--warmup_steps={steps}", at=str(steps)).err
         assert max(r["lr"] for r in records(tmp_path / str(steps)) if "lr" in r) == pytest.approx(1e-2 * share)
 
