@@ -16,11 +16,12 @@ import re
 import shutil
 import sys
 import traceback
+import typing
 import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError, shell, show
+from configurator import Failed, UserError, fit, shell, show
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
@@ -29,12 +30,12 @@ from support.report import Log
 
 import torch
 
-from model import LM, ModelConfig
+from model import LM, ModelConfig, require
 
-CHECKPOINT = {"model", "model_config", "optimizer", "step", "config", "rng", "data", "best_loss",
-              "recent_losses", "skips"}
+CHECKPOINT = {"model": dict, "model_config": dict, "optimizer": dict, "step": int, "config": dict, "rng": dict,
+              "data": dict, "best_loss": float, "recent_losses": list, "skips": list}
 KEPT = "ckpt-" + 8 * "[0-9]" + ".pt"                                              # the glob of what keep() keeps
-SETTINGS = {field.name for field in dataclasses.fields(ModelConfig)}
+SETTINGS = typing.get_type_hints(ModelConfig)
 CHANGED = ("changed", "changed_model")                                             # values of --resume
 # Settings of a model whose change leaves its weights their meaning.
 SAME_MEANING = {"seq_len", "dropout", "chunk_size", "tied", "vocab_size", "tokenizer"}
@@ -127,8 +128,10 @@ def load_checkpoint(path, device="cpu"):
     """The dict that Run.save of train.py wrote."""
     try:
         checkpoint = load_file(path, device)
-        missing = CHECKPOINT - set(checkpoint)
-        unknown = set() if missing else set(checkpoint["model_config"]) - SETTINGS
+        missing = CHECKPOINT.keys() - set(checkpoint)
+        unknown = set() if missing else set(checkpoint["model_config"]) - SETTINGS.keys()
+        if not missing and not unknown:
+            check_contents(checkpoint)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
     except OSError as error:                                                      # no permission, a folder, a bad disk
@@ -142,6 +145,43 @@ def load_checkpoint(path, device="cpu"):
     if unknown:
         raise UserError(f"{path} was made by another version of model.py: its model has {', '.join(sorted(unknown))}")
     return checkpoint
+
+
+def check_contents(checkpoint):
+    """ValueError where a checkpoint, whose checksums anyone can make, says what save_run never writes."""
+    for key, kind in (CHECKPOINT | {"sequences": int, "tokens": int}).items():
+        value = checkpoint.get(key)
+        if value is None and key not in ("model", "model_config", "data"):        # a model alone, or an earlier version
+            continue
+        require(isinstance(value, kind) and type(value) is not bool, f"its {key} is {show(value)}")
+        require(kind is not int or 0 <= value < 2**53, f"its {key} is {value}")
+    weights, settings = checkpoint["model"], checkpoint["model_config"]
+    for name, weight in weights.items():
+        dense = torch.is_tensor(weight) and weight.is_floating_point() and weight.layout == torch.strided
+        require(type(name) is str and dense, f"its model has {show(name)}, which is no weight")
+    for key in settings.keys() & SETTINGS.keys():
+        fit(settings[key], SETTINGS[key])
+    require(settings.get("depth", 1) <= len(weights), f"its model has {len(weights)} weights for all its blocks")
+    for key in ("tokenizer", "tokenizer_hash"):
+        require(type(checkpoint["data"].get(key)) is str, f"its {key} is {show(checkpoint['data'].get(key))}")
+
+
+def check_training(checkpoint):
+    """As check_contents, for what only a run that resumes needs."""
+    for key in CHECKPOINT.keys() | checkpoint.keys() & {"sequences", "tokens"}:
+        require(checkpoint[key] is not None, f"its {key} is None")
+    config, optimizer, random = checkpoint["config"], checkpoint["optimizer"], checkpoint["rng"].get("cpu")
+    require(config.get("precision") in ("auto", "fp32", "bf16"), "its precision is none")
+    require(type(config.get("batch_size")) is int and config["batch_size"] > 0, "its batch_size is none")
+    require(torch.is_tensor(random) and random.dtype == torch.uint8 and random.shape == torch.get_rng_state().shape,
+            "its random numbers are none")
+    state, groups = optimizer.get("state"), optimizer.get("param_groups")
+    moments = type(state) is dict and all(type(value) is dict and all(map(torch.is_tensor, value.values()))
+                                          for value in state.values())
+    require(moments and type(groups) is list and groups and type(groups[0].get("lr")) in (int, float),
+            "its optimizer is none")
+    require([type(n) for n in checkpoint["skips"]] == [int, int], "its skips are none")
+    require(all(type(loss) is float for loss in checkpoint["recent_losses"]), "its recent_losses are none")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,8 +218,12 @@ def load_plugin(path):
 
 def make_model(settings):
     """A new model of the settings in a checkpoint."""
+    return LM(make_config(settings))
+
+
+def make_config(settings):
     try:
-        return LM(ModelConfig(**settings))
+        return ModelConfig(**settings)
     except ValueError as error:                                                   # a mixer that is not here
         hint = "; if that is defined in a file of your own, pass it with --plugin=FILE"
         if "--plugin" in str(error):
@@ -298,7 +342,8 @@ def load_pretrained(source, device="cpu"):
             local = path.is_dir() or not hub_answers(source)
             if not path.is_dir():
                 settings = hf_hub_download(source, "config.json", local_files_only=local)
-            unknown = json.loads(Path(settings).read_bytes()).keys() - SETTINGS   # from_pretrained would leave them out
+            # from_pretrained would leave them out
+            unknown = json.loads(Path(settings).read_bytes()).keys() - SETTINGS.keys()
             model = LM.from_pretrained(source, strict=True, local_files_only=local).to(device)
     except ImportError:
         raise UserError(f"{source} holds no checkpoint; to read shared models: "
@@ -408,6 +453,11 @@ def find_checkpoint(config, data):
     must_exist = config.eval_only or config.resume is True or config.resume in CHANGED
     if must_exist or config.resume == "auto" and latest.exists():
         checkpoint = load_checkpoint(latest)
+        try:
+            config.eval_only or check_training(checkpoint)
+        except ValueError as error:
+            raise UserError(f"{latest} does not hold what a run needs to resume ({error}): take --init_from={latest} "
+                            "and another --out_dir to start from its weights") from None
         if config.precision == "auto":                                            # a probe may answer differently today
             config.precision = checkpoint["config"]["precision"]
         if checkpoint["data"]["tokenizer_hash"] != data["tokenizer_hash"]:
@@ -475,13 +525,13 @@ def loss_of_best(path, config, model_config, data):
 
 def settings_of(checkpoint):
     """The settings of its model; those that are newer than it have their defaults."""
-    return dataclasses.asdict(ModelConfig(**checkpoint["model_config"]))
+    return dataclasses.asdict(make_config(checkpoint["model_config"]))
 
 
 def position_names(checkpoint):
     """The names of the parameters in the order in which its optimiser counted them."""
     with torch.device("meta"):                                                    # the model as it was, without numbers
-        model = LM(ModelConfig(**checkpoint["model_config"]))
+        model = make_model(checkpoint["model_config"])
     groups = parameter_groups(model, checkpoint["config"].get("optimizer", "adamw"))
     return [name for group in groups.values() for name in group if name in checkpoint["model"]]
 

@@ -47,6 +47,29 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(refusal, tmp_path
     assert message in refusal() and not Path("trapped").exists()
 
 
+NEVER_WRITTEN = [
+    ("step", "3"), ("step", -3), ("step", 2**60), ("step", True), ("tokens", "9"), ("model", None), ("model", {"embed.weight": 3}),
+    ("model", {"embed.weight": torch.ones(3, dtype=torch.long)}), ("model", {"embed.weight": torch.ones(3, 3).to_sparse()}),
+    ("model_config", None), ("model_config", {"dim": "x"}), ("model_config", {"mixers": 5}), ("model_config", {"depth": 10**9}),
+    ("data", None), ("data", {"tokenizer": "bytes"}), ("optimizer", [1]), ("config", 5), ("best_loss", "x"), ("skips", 1)]
+NO_TRAINING = [
+    ("optimizer", None), ("optimizer", {}), ("optimizer", {"state": {"embed.weight": 5}, "param_groups": [{"lr": 1.0}]}),
+    ("config", None), ("config", {}), ("config", {"precision": "fp64", "batch_size": 1}), ("rng", None), ("rng", {}),
+    ("rng", {"cpu": torch.zeros(3)}), ("skips", [1]), ("recent_losses", ["a"]), ("tokens", None)]
+
+
+@pytest.mark.parametrize("words, changes", [("is damaged or not a checkpoint (", NEVER_WRITTEN),
+                                            ("does not hold what a run needs to resume (its ", NO_TRAINING)])
+def test_a_whole_file_that_says_what_train_never_writes_is_refused_in_one_line(run, refusal, words, changes):
+    run("--max_steps=1")
+    content = load_checkpoint(Path("out/ckpt.pt"))
+    for key, value in changes:
+        torch.save(content | {key: value}, "out/ckpt.pt")
+        assert words in refusal("--max_steps=2", "--resume=changed"), (key, value)
+    torch.save(content | {"model_config": content["model_config"] | {"dim": -1}}, "out/ckpt.pt")
+    assert "cannot be made: dim must be at least 1" in refusal("--max_steps=2", "--resume=changed")
+
+
 def old_and_new(**options):
     """A checkpoint's weights, a model of the same settings, and some tokens."""
     small = dict(vocab_size=70, dim=16, depth=2, n_heads=2, **options)
