@@ -132,10 +132,10 @@ def folders_below(folder):
 
 
 def held_out(path, base):
-    """Does the name of a file, or of a folder between base and the file, say validation?"""
+    """Does the name of a file, or of a folder between base and the file, say validation, dev or held-out?"""
     name = os.path.relpath(os.path.abspath(path), base)
     name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # ValidationSet is two words
-    return bool(re.search(r"(?<![a-z])val(id(ation)?)?(?![a-z])", name, re.IGNORECASE))
+    return bool(re.search(r"(?<![a-z])(val(id(ation)?s?)?|dev|held[-_ ]?out)(set)?(?![a-z])", name, re.IGNORECASE))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

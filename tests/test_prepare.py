@@ -491,7 +491,10 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     (["text.jsonl", "text.Valid.jsonl"], "text*", ["text.Valid.jsonl"]),
     (["Training.jsonl", "ValidationSet.jsonl", "myVal.jsonl"], "*.jsonl", ["ValidationSet.jsonl", "myVal.jsonl"]),
     (["val/train.jsonl", "val/test.jsonl"], "val/*.jsonl", []),  # not below the fixed part of the pattern
-    (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl"], "*.jsonl", [])])
+    (["train.jsonl", "dev.jsonl"], "*.jsonl", ["dev.jsonl"]), (["trn.jsonl", "valset.jsonl"], "*.jsonl", ["valset.jsonl"]),
+    (["a/train.jsonl", "validations/a.jsonl"], "*/*.jsonl", ["validations/a.jsonl"]),
+    (["part1.jsonl", "held-out.jsonl", "heldout2.jsonl"], "*.jsonl", ["held-out.jsonl", "heldout2.jsonl"]),
+    (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl", "developer.jsonl", "settings.jsonl"], "*.jsonl", [])])
 def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, names, pattern, held):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
