@@ -386,7 +386,7 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
         os.kill(workers(process)[rank], number)
     for rank, number in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
         kill_after_a_save(rank, number)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate()[1]
         words = "train.py: another process of this run has died" if number == signal.SIGKILL else "stopped at step"
         assert process.returncode == 1 and err.count(words) == 1 and "Error: [" not in err, err
         step = load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
@@ -422,7 +422,7 @@ def test_a_thread_of_gloo_that_is_late_does_not_abort_its_process_at_the_end(tor
             raise SystemExit({code})
         configurator.configure = reduce_and_end
         runpy.run_path({str(PROGRAM)!r}, run_name="__main__")""")
-    err = torchrun(program="train.py").communicate(timeout=60)[1]
+    err = torchrun(program="train.py").communicate()[1]
     assert "terminate called" not in err and ("exitcode  : 143 " if code else "") in err, err
 
 
@@ -433,7 +433,7 @@ def test_what_the_user_can_mend_is_one_line_of_all_processes_and_none_hangs(torc
                            (["--out_dir=file/out"], "cannot write to file/out"),     # found by rank 0 alone
                            (["--resume"], "no checkpoint out/base/ckpt.pt")):
         process = torchrun(*flags)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate()[1]
         assert process.returncode == 1 and err.count("train.py: ") == 1 and f"train.py: {message}" in err, err
         assert f"traceback : {message}" in err.split("Root Cause")[1], err           # the end of torchrun's report
         assert not (tmp_path / "out").exists()
