@@ -456,7 +456,7 @@ def find_checkpoint(config, data):
         try:
             config.eval_only or check_training(checkpoint)
         except ValueError as error:
-            raise UserError(f"{latest} does not hold what a run needs to resume ({error}): take --init_from={latest} "
+            raise UserError(f"{latest} does not hold what a run needs to resume ({error}): use --init_from={latest} "
                             "and another --out_dir to start from its weights") from None
         if config.precision == "auto":                                            # a probe may answer differently today
             config.precision = checkpoint["config"]["precision"]

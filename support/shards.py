@@ -74,7 +74,8 @@ def hash_limit(found, fraction):
             sizes[crc] += len(utf8)
         fresh = last
     wanted = fraction * sum(sizes.values())
-    if abs(sum(size for crc, size in sizes.items() if crc < limit) - wanted) < wanted / 10:
+    near = abs(sum(size for crc, size in sizes.items() if crc < limit) - wanted) < wanted / 10
+    if near and min(sizes) < limit <= max(sizes):  # neither split is without a document
         return limit, read_ahead
     crcs = sorted(sizes)
     held = dict(zip(crcs[1:], itertools.accumulate(sizes[crc] for crc in crcs)))  # limit: bytes below it

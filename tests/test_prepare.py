@@ -738,6 +738,14 @@ def test_the_share_of_text_that_was_asked_for_is_held_out(tmp_path, kind, docume
         assert sorted(train + val) == sorted(lines) and abs(share - fraction) <= fraction / 3
 
 
+@pytest.mark.parametrize("documents", [1, 2, 40])
+@pytest.mark.parametrize("fraction", [0.99, 0.999999, 1e-6])
+def test_an_extreme_share_leaves_both_splits_a_text(tmp_path, documents, fraction):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i} " * 20 for i in range(documents)])
+    run(tmp_path, "--dataset=d", "--data_files=a.jsonl", f"--val_fraction={fraction}")
+    assert texts_of(tmp_path / "data/d", "train") and texts_of(tmp_path / "data/d", "val")
+
+
 def test_a_few_short_texts_are_held_out_whole(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"text {i:02d}")
