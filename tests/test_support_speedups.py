@@ -25,6 +25,20 @@ def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradients(chunk):
     assert linear_cross_entropy(x, weight, targets.clamp(max=-1), 70, chunk=chunk) == 0
 
 
+def test_the_loss_in_blocks_of_rows_is_that_of_all_rows():
+    logits, targets = torch.randn(50, 50304), torch.randint(-1, 50257, (50,))
+    wanted, wanted_grad = SoftmaxLoss()(logits.clone(), targets, 50257, True)
+    seen = []
+
+    def loss(block, *others):
+        seen.append(len(block))
+        return SoftmaxLoss()(block, *others)
+    got, grad = speedups.in_cache(loss, logits, targets, 50257, True)
+    assert len(seen) > 2 and sum(seen) == 50
+    close(got, wanted, 1e-6)
+    assert torch.equal(grad, wanted_grad)
+
+
 def test_no_more_than_one_chunk_of_logits_is_in_memory():
     x, weight = (torch.randn(n, 8, requires_grad=True) for n in (4096, 512))
     with Largest() as seen:
@@ -61,6 +75,19 @@ def test_elu_and_rope_in_bf16_are_those_of_fp32_in_values_and_gradients(monkeypa
         got = y, *torch.autograd.grad(y, x, upstream.bfloat16())
         for got, exact in zip(got, (wanted, *torch.autograd.grad(wanted, wide, upstream))):
             assert (got - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
+def test_a_convolution_on_a_cpu_is_the_sum_of_shifted_products_in_values_and_gradients(dtype, limit):
+    x, weight = torch.randn(3, 2000, 6).to(dtype).requires_grad_(), torch.randn(4, 6, requires_grad=True)
+    upstream = torch.randn(3, 1997, 6).to(dtype)
+    exact_x, exact_weight = (z.detach().double().requires_grad_() for z in (x, weight))
+    y = speedups.causal_conv(x, weight)
+    wanted = sum(exact_x[:, 3 - i:2000 - i] * exact_weight[i] for i in range(4))
+    got = y, *torch.autograd.grad(y, (x, weight), upstream)
+    assert [z.dtype for z in got] == [dtype, dtype, torch.float32]
+    for z, exact in zip(got, (wanted, *torch.autograd.grad(wanted, (exact_x, exact_weight), upstream.double()))):
+        assert (z.double() - exact).norm() < limit * exact.norm()
 
 
 def run_fast(monkeypatch, new_state, steps=5):
