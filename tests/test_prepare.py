@@ -145,7 +145,7 @@ def test_every_line_is_a_text_or_is_counted(scratch, lines):
     try:
         texts, bad = read_all(scratch / "lines.jsonl", data)
     except UserError as error:
-        assert re.search("lines.jsonl(: not one of| is not UTF-8| begins as one JSON array)", str(error))
+        assert re.search("lines.jsonl(: not one of| is not UTF-8| holds | begins as one JSON array)", str(error))
         return
     assert all(isinstance(text, str) for text in texts)
     if data.decode(errors="replace").lstrip().startswith("["):
@@ -340,7 +340,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     out = run(tmp_path, "--dataset=d", "--data_files=*.jsonl train.jsonl, *.gz")
     entry = read_manifest(tmp_path / "data/d")["files"]["train-00000.bin"]
     assert (entry["bad"], entry["empty"], entry["repaired"], entry["documents"]) == (3, 1, 1, 2)
-    assert entry["examples"] == ["train.jsonl:2: not JSON", "train.jsonl:3: no field text",
+    assert entry["examples"] == ["train.jsonl:2: not JSON", "train.jsonl:3: no field text, only txt (see --text_field)",
                                  "train.jsonl:4: text is not a string"]
     assert texts_of(tmp_path / "data/d", "train") == ["good 1", "a\ufffdb\0"]
     assert "4 unreadable records" in out and "train.jsonl:2: not JSON" in out and "val.jsonl.gz:3: not JSON" in out
