@@ -145,7 +145,7 @@ def test_every_line_is_a_text_or_is_counted(scratch, lines):
     try:
         texts, bad = read_all(scratch / "lines.jsonl", data)
     except UserError as error:
-        assert re.search("lines.jsonl(: not one of| is not UTF-8| begins as one JSON array)", str(error))
+        assert re.search("lines.jsonl(: not one of| is not UTF-8| holds | begins as one JSON array)", str(error))
         return
     assert all(isinstance(text, str) for text in texts)
     if data.decode(errors="replace").lstrip().startswith("["):
