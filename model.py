@@ -901,8 +901,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         likelier = p.cumsum(-1) - p                                   # the probability of all likelier tokens
         dropped = (likelier >= top_p) & (likelier > 0)                # the likeliest always stays
         logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(dropped, -math.inf))
-    # As torch.multinomial draws one, without its look at the numbers, for which a GPU would have to stop: p / q is largest
-    # at each token with its probability p.
+    # As torch.multinomial draws one, but without its checks, which wait for the GPU: each token has its probability p of
+    # being the one where p / q is largest.
     p = logits.softmax(-1)
     q = torch.empty_like(p).exponential_(generator=generator)
     return (p / q).argmax(-1)

@@ -1,4 +1,4 @@
-"""Two layers of Gated DeltaNet to one of full softmax, as Qwen3-Next and Kimi Linear (arXiv 2510.26692) have three to one.
+"""Two layers of Gated DeltaNet to one of full softmax; Qwen3-Next and Kimi Linear (arXiv 2510.26692) have three to one.
 
     python prepare.py --shards=8
     python train.py config/hybrid_softmax.py

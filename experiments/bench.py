@@ -12,9 +12,10 @@ parameter and token, over the rate of a large matrix product measured at the sta
 softmax model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost
 nothing.
 
-Decoding is what LM.generate runs, weights cast as sample.py casts them; --compile=True compiles its step too. The softmax model decodes by it too, with a
-cache that was allocated before, so that its step can be recorded as a CUDA graph as ours is. A limit is the tokens/s at
-which weights and states are read once for each token, at a bandwidth measured at the start.
+Decoding is what LM.generate runs, weights cast as sample.py casts them; --compile=True compiles its step too. The
+softmax model decodes by it too, with a cache that was allocated before, so that its step can be recorded as a CUDA
+graph as ours is. A limit is the tokens/s at which weights and states are read once for each token, at a bandwidth
+measured at the start.
 """
 import dataclasses
 import itertools

@@ -698,7 +698,7 @@ def allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
     N = blocks(T, C)
     stored = torch.bfloat16 if size["PREC"] == "bf16" else torch.float32
     starts = q.new_empty(B, H, N * K, v.shape[-1], dtype=stored)
-    sum_starts, scale, x, u = (q.new_empty(0) for _ in range(4))     # unused; an operator's results may not be one tensor
+    sum_starts, scale, x, u = (q.new_empty(0) for _ in range(4))    # not one tensor: results must not be aliases
     if norm:
         sum_starts = q.new_empty(B, H, N * K, dtype=torch.float32)
         scale = q.new_empty(B, H, T, dtype=torch.float32)

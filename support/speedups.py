@@ -100,7 +100,7 @@ def project(x, W):
 
 
 class CausalConv(torch.autograd.Function):
-    """sum_i weight_i x_{t-i}, as a few passes in place: torch's own convolution takes twice the time of this in bf16."""
+    """sum_i weight_i x_{t-i}, as a few passes in place: torch's own convolution takes twice the time in bf16."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -266,7 +266,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a @ b. On a GPU the product itself adds, in total's dtype: nothing in bf16 is rounded first, nor written."""
+    """total += a @ b. On a GPU the product itself adds, in total's dtype: it is not rounded to bf16, nor written."""
     if total.is_cuda and a.dtype != total.dtype and PRODUCTS_ADD:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
