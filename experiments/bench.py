@@ -7,10 +7,9 @@
 
 Every figure is the median of `repeats` runs after a warm-up, ours alternating with the peer's, with the spread (max -
 min) / median where it is above 10 %. Training is forward, backward and the AdamW step; on a GPU a run is four of them,
-as in train.py, where no step waits for the one before it. "of peak" is 6 FLOPs for each
-parameter and token, over the rate of a large matrix product measured at the start. "FLOPs" is the operations of the
-softmax model over those that both models share: the ratio if attention ran at the speed of the rest, and ours cost
-nothing.
+as in train.py, where no step waits for the one before it. "of peak" is 6 FLOPs for each parameter and token, over the
+rate of a large matrix product measured at the start. "FLOPs" is the operations of the softmax model over those that
+both models share: the ratio if attention ran at the speed of the rest, and ours cost nothing.
 
 Decoding is what LM.generate runs, weights cast as sample.py casts them; --compile=True compiles its step too. The
 softmax model decodes by it too, with a cache that was allocated before, so that its step can be recorded as a CUDA
