@@ -9,9 +9,10 @@ query can be taken out of the sum. For the numerator (the denominator is the sam
 
     y_t = sum_{j<=t} (q_t . k_j) v_j = S_t^T q_t      with      S_t = sum_{j<=t} k_j v_j^T = S_{t-1} + k_t v_t^T
 
-S is one matrix per head, however long the text: a million tokens are generated in the memory of one. The softmax's
-1 / sqrt(d) is left to phi, or cancels in the division. A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at
-token t what token j wrote counts exp(g_{j+1} + ... + g_t).
+S is one matrix per head, however long the text: generating a million tokens takes no more memory than generating one.
+The softmax's 1 / sqrt(d), left out above, is part of phi or needless: a constant factor of q . k cancels in the
+division. A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at token t, what token j wrote has the weight
+exp(g_{j+1} + ... + g_t).
 
 Three forms give the same numbers:
 
@@ -25,7 +26,7 @@ The letters, and what the papers call them:
     K, V        width per head of q and k, and of v     D       width of the model
     q, k, v     phi(Q_i), phi(K_i), V_i in [1, Eq. 4]
     S           the state (B,H,K,V); S_i in [1, Eq. 18], transposed in [5, 6]
-    g           log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]
+    g, G        log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]; its sum from the start on
     b           write strength of the delta rule (B,H,T), beta_t in [4, 5, 6]
     u           what the delta rule writes in place of v [5, Eq. 5]
 
@@ -45,7 +46,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-# Fast versions of what stands below, none of them needed. Before torch, since support sets torch's threads.
+# Optional fast versions of the code below. Imported before torch, since support sets torch's threads.
 from support import kernels, speedups
 from support.checks import check_config, check_shapes, require
 
@@ -108,15 +109,16 @@ def recurrent(q, k, v, g, S):
 def chunked(q, k, v, g, S, chunk_size):
     """Quadratic inside chunks, recurrent between them. T is a multiple of chunk_size.
 
-    q, k and v may be bf16, and so are then the products in a chunk; g and S, summed over chunks, are fp32 or wider.
+    q, k and v may be bf16, in which case the products within a chunk are too. g, summed within a chunk, and S, summed
+    over chunks, are fp32 or wider.
     """
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before a chunk
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before each chunk
     decay, since_start, until_end = (x.to(q.dtype) for x in (decay, since_start, until_end))
 
-    # 2. In each chunk: what its queries read of it, and what it adds to the state.
+    # 2. In each chunk: what its queries read from its own tokens, and what it adds to the state.
     inside = (q @ k.mT * decay) @ v                                   # (B,H,N,C,V)
     added = ((k * until_end).mT @ v).to(S.dtype)                      # (B,H,N,K,V)
 
@@ -142,7 +144,7 @@ def read(S, q):
 
 
 def unbind(*xs):
-    """Slices of each of xs along time or chunks, dim 2. Not x[:, :, n]: each of those has a gradient as large as x."""
+    """Slices of each of xs along time or chunks, dim 2. (The gradient of each x[:, :, n] would be as large as x.)"""
     return (x.unbind(2) for x in xs)
 
 
@@ -167,24 +169,24 @@ def delta_recurrent(q, k, v, g, b, S):
 
 
 def delta_chunked(q, k, v, g, b, S, chunk_size):
-    """As `chunked`, with u, what is really written, in place of v. Token i of a chunk that starts from S writes
+    """Like `chunked`, with u, what is actually written, in place of v. Token i of a chunk that starts from S writes
 
         u_i = b_i (v_i - exp(G_i) S^T k_i - sum_{j<i} decay_ij (k_i . k_j) u_j)
 
     since S' holds what is left of S and of the earlier writes. With the tokens of a chunk as rows, and
-    L_ij = b_i decay_ij (k_i . k_j) for j < i, this is one triangular system, (I + L) u = b v - b exp(G) (k S). S is
-    known only inside the loop over chunks, but u is linear in it, so the loop need not solve: u = own - seen S, with
+    A_ij = b_i decay_ij (k_i . k_j) for j < i, this is one triangular system, (I + A) u = b v - b exp(G) (k S). S is
+    known only inside the loop over chunks, but u is affine in it, so all is solved before the loop: u = own - seen S,
 
-        own = (I + L)^-1 (b v)      and      seen = (I + L)^-1 (b exp(G) k)      [5, Eq. 8 to 10]
+        own = (I + A)^-1 (b v)      and      seen = (I + A)^-1 (b exp(G) k)      [5, Eq. 8 to 10]
     """
     q, k, v, g, b = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g, b))
     decay, since_start, until_end = decays(g)
     b = b[..., None]                                                  # (B,H,N,C,1)
 
-    L = (b * (k @ k.mT) * decay).tril(-1)                             # (B,H,N,C,C)
+    A = (b * (k @ k.mT) * decay).tril(-1)                             # (B,H,N,C,C)
     right_sides = torch.cat([b * v, b * since_start * k], dim=-1)
-    # unitriangular=True reads L as I + L.
-    solved = torch.linalg.solve_triangular(L, right_sides, upper=False, unitriangular=True)
+    # unitriangular=True reads A as I + A.
+    solved = torch.linalg.solve_triangular(A, right_sides, upper=False, unitriangular=True)
     own, seen = solved.split([v.shape[-1], k.shape[-1]], dim=-1)      # (B,H,N,C,V) and (B,H,N,C,K)
 
     k_end = (k * until_end).mT                                        # (B,H,N,K,C)
@@ -203,7 +205,7 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same for callers: optional arguments, checks, any T, sums in fp32
+# The public versions: optional arguments, checks, any T, sums in fp32
 
 
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
@@ -226,7 +228,10 @@ def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
 
 
 def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
-    """Linear attention token by token: O(T), with a state of fixed size. Arguments as of linear_attention_quadratic."""
+    """Linear attention token by token: O(T), with a state of fixed size.
+
+    Arguments as for linear_attention_quadratic.
+    """
     check_shapes(q, k, v, log_decay, beta, state)
     form = recurrent if beta is None else delta_recurrent
     with torch.autocast(q.device.type, enabled=False):
@@ -235,9 +240,9 @@ def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
 
 
 def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, chunk_size=64):
-    """Linear attention in chunks: O(T chunk_size) in matrix products, in Triton where that is available.
+    """Linear attention in chunks of C = chunk_size tokens: O(T (C (K + V) + K V)), in Triton where that is available.
 
-    Arguments as of linear_attention_quadratic.
+    Arguments as for linear_attention_quadratic.
     In Triton, products run in bf16 for bf16 inputs, in tf32 for fp16, and for fp32 as three tf32 products (error 1e-6).
     """
     check_shapes(q, k, v, log_decay, beta, state, chunk_size)
@@ -247,7 +252,7 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     chunk_size = min(chunk_size, T)
     *tokens, S = widened(q, k, v, log_decay, beta, state)
     if beta is None and speedups.multiplies_bf16(q):
-        tokens[:3] = q, k, v
+        tokens[:3] = q, k, v                                          # not widened: `chunked` multiplies them in bf16
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
@@ -321,20 +326,20 @@ def rotate(x, table):
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A feature map phi and its properties. Add a line of FEATURE_MAPS for your own; feature_map=NAME takes it."""
+    """A feature map phi and its properties. Your own is one more entry of FEATURE_MAPS, chosen by feature_map=NAME."""
 
     phi: Callable                # (...,d) -> (...,K)
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
-    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and the rotated one not: refused with rope
+    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and after rotation not 0: refused with rope
     unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
     rotate_first: bool = False   # rope turns q and k before phi, as in a softmax; needed where K != d
 
     def pairs(self, q, k, rope):
         """phi and rope of q, k (B,H,T,d): q, k for the numerator and q_den, k_den for the denominator.
 
-        Rope turns features as it turns the q and k of a softmax: the product of two then depends on t - j, and S just
-        gets other keys. Only the numerator is turned, since turned features can have negative products. With
-        rotate_first phi comes last and makes all products positive, so both pairs are the same.
+        Rope turns features as it turns the q and k of a softmax: the product of two then depends on t - j, and S simply
+        stores rotated keys. Only the numerator is turned, since turned features can have negative products. With
+        rotate_first phi comes last, so that a positive phi stays positive, and both pairs are the same tensors.
         """
         if self.rotate_first:
             q = self.features(rotate(q, rope))
@@ -366,7 +371,8 @@ def silu_l2(x):
 def taylor(x):
     """Features of the second-order Taylor expansion of exp(q.k / sqrt(d)) [2]: 1, d linear, d (d + 1) / 2 quadratic.
 
-    Unlike in [2], x_i x_j and x_j x_i are one feature, times sqrt(2): 153 instead of 273 at d = 16, same products.
+    The quadratic ones are x_i^2 / sqrt(2), and x_i x_j for i < j, which stands for both orders: two features in [2],
+    each with 1 / sqrt(2). So there are 153 instead of 273 at d = 16, with the same products.
     """
     d = x.shape[-1]
     x = x * d ** -0.25
@@ -402,10 +408,10 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
-    one_pair = q is q_den and k is k_den
-    # In one pass the two sums' gradients would cancel after they were rounded.
+    one_pair = q is q_den and k is k_den                              # FeatureMap.pairs returns the same ones twice
+    # In bf16 only as two passes: in one, the gradients of the two sums nearly cancel in q and k, after being rounded.
     in_bf16 = form is linear_attention_chunked and speedups.multiplies_bf16(q) and not one_pair
-    # The forms return q.dtype: widen first, so that the division is in fp32.
+    # Widen first, or the forms would return the sums rounded to q.dtype.
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if not in_bf16:
@@ -438,7 +444,7 @@ class ModelConfig:
     dim: int = 512                 # model width
     depth: int = 6                 # number of blocks
     n_heads: int = 8               # heads H of every mixer but conv; a head is dim / n_heads wide
-    seq_len: int = 1024            # tokens T in a training sequence; a limit afterwards only with pos=learned
+    seq_len: int = 1024            # tokens T in a training sequence; no limit on later texts, except with pos=learned
     mixers: str | list[str] = "linear"  # linear, window, softmax, conv, with spaces between; repeats over the layers
     causal: bool = True            # False: every token sees the whole text (encoders; linear and softmax mixers only)
     pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
@@ -485,7 +491,7 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """x W^T, without a bias. Several widths: that many matrices stacked in W, which Muon updates each by itself."""
+    """x W^T, without a bias. With several widths W stacks one matrix for each, and Muon updates each separately."""
 
     def __init__(self, width_in, *parts):
         super().__init__(width_in, sum(parts), bias=False)
@@ -550,10 +556,10 @@ class LinearAttention(nn.Module):
 
     def attend(self, q, k, v, S, rope, log_decay=None):
         q, k, q_den, k_den = self.map.pairs(q, k, rope)
-        form, options = self.form(q)
+        form, options = self.choose_form(q)
         return normalised(form, q, k, v, q_den, k_den, log_decay, S, **options)
 
-    def form(self, q):
+    def choose_form(self, q):
         """The form that suits q (B,H,T,K), and its options."""
         if not self.config.causal:
             return linear_attention_bidirectional, {}
@@ -595,7 +601,7 @@ class ExtendedLinearAttention(LinearAttention):
             qkv, conv_state = self.conv(qkv, conv_state)
         q, k, v = split_heads(qkv, config.n_heads, self.widths)
         if config.short_conv:
-            v = F.silu(v)                                             # q and k get their nonlinearity from phi
+            v = F.silu(v)                                             # q and k have phi
         rope = ropes.get(q.shape[-1])
         y, S = speedups.checkpointed(self.attend, q, k, v, S, rope, self.log_decay(x), self.strength(x))
         if config.normaliser == "rms":
@@ -608,12 +614,12 @@ class ExtendedLinearAttention(LinearAttention):
     def attend(self, q, k, v, S, rope, log_decay, beta):
         if self.config.normaliser == "sum":
             return super().attend(q, k, v, S, rope, log_decay)
-        q, k, _, _ = self.map.pairs(q, k, rope)
-        form, options = self.form(q)
+        q, k, _, _ = self.map.pairs(q, k, rope)                       # no sum to divide by, and beta may be given
+        form, options = self.choose_form(q)
         return form(q, k, v, log_decay, beta, S, **options)
 
     def log_decay(self, x):
-        """(B,T,D) -> (B,H,T), or None. In fp32 or wider: bf16 cannot tell decays near 1 from 1."""
+        """(B,T,D) -> (B,H,T), or None. In fp32 or wider, since it will be summed over a chunk."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.config.decay == "fixed":                              # gamma = 1 - 2^(-5-h) [3, Eq. 8]
             h = torch.arange(self.config.n_heads, device=x.device, dtype=wide)
@@ -649,7 +655,7 @@ def naive_softmax_attention(q, k, v, causal=True, window=None):
 
 
 def softmax_attention(q, k, v, causal=True, window=None):
-    """The same by the fastest kernels there are."""
+    """The same, by the fastest available kernel. The model calls this one."""
     if window is not None and k.shape[2] > window:
         return speedups.window_attention(q, k, v, window)
     if q.shape[2] == k.shape[2]:
@@ -658,9 +664,9 @@ def softmax_attention(q, k, v, causal=True, window=None):
 
 
 class SoftmaxAttention(nn.Module):
-    """The baseline: over all tokens, in O(T^2), with a state, all keys and values, that grows.
+    """The baseline: attends to all tokens in O(T^2); its state, all keys and values, grows with the text.
 
-    With a window, over the last w tokens, exactly: O(T w), with a state of the last w - 1 keys and values.
+    With a window it attends to the last w tokens, in O(T w); its state is the last w - 1 keys and values.
     Its state is (the last inputs of the convolution or None, (k, v)).
     """
 
@@ -709,8 +715,9 @@ class GatedConv(nn.Module):
 # A mixer is built as mixer(config) and called as mixer(x, state, ropes) -> (y, new state).
 #   x, y: (B,T,D), any T >= 1. Any split of a text over calls must give what one call gives.
 #   state: None at the start of a text, else what the last call returned: tensors on x.device with first dimension B, or
-#     nested tuples, lists and dicts of them and None. No Python numbers: once its shapes stay the same from token to
-#     token, decoding is recorded as a CUDA graph, which would freeze them, so such a state is not recorded.
+#     nested tuples, lists and dicts of them and None. Avoid Python numbers: on a GPU decoding is recorded as a CUDA
+#     graph once shapes stay the same, and a graph would freeze them. A state with numbers works, but is not recorded.
+#   out: the name of its last projection, if it has one, which then starts with smaller weights, as in GPT-2.
 #   ropes: {head width: rope_table}, empty unless pos=rope.
 # Add yours here, or in a file of your own that train.py, sample.py and eval.py import by --plugin=FILE:
 # model.MIXERS["name"] = ...
@@ -779,7 +786,7 @@ class LM(nn.Module, HubMixin):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        rows = -(-config.vocab_size // 64) * 64                       # whole tiles for the matrix units
+        rows = -(-config.vocab_size // 64) * 64                       # padded for the GPU's matrix units
         self.embed = nn.Embedding(rows, config.dim)
         if config.pos == "learned":
             self.embed_pos = nn.Embedding(config.seq_len, config.dim)
@@ -792,7 +799,7 @@ class LM(nn.Module, HubMixin):
             self.unembed.weight = self.embed.weight
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                # As GPT-2: smaller weights where 2 * depth layers add to the residual stream.
+                # As in GPT-2: smaller weights where 2 * depth layers add to the residual stream.
                 std = 0.02 / (2 * config.depth) ** 0.5 if name.endswith(".out") else 0.02
                 nn.init.normal_(module.weight, std=std)
 
@@ -800,9 +807,11 @@ class LM(nn.Module, HubMixin):
         """Reads the tokens idx (B,T), each below vocab_size, after those that made state (None: a new text).
 
         Training, evaluation, prefill and single steps are this one call: any split of a text gives the same result.
-        Returns: (logits (B,T,vocab_size), state); with targets (B,T) (loss, state), the mean cross-entropy in nats over
-          targets >= 0.
-        Raises: ValueError for no tokens, targets of another shape, a state with causal=False, or no learned position.
+        Args: targets (B,T), the token after each of idx; those below 0 do not count.
+        Returns: without targets (logits (B,T,vocab_size), state); with them (loss, state), where loss is the mean
+          cross-entropy in nats.
+        Raises: ValueError for no tokens, targets of another shape, a state with causal=False, or a text longer than
+          seq_len with pos=learned.
         """
         require(targets is None or targets.shape == idx.shape, "there must be one target for each token of idx")
         x, state = self.hidden(idx, state)
@@ -848,7 +857,7 @@ class LM(nn.Module, HubMixin):
         return self.unembed(x)[..., :self.config.vocab_size]
 
     def naive_loss(self, x, targets):
-        """Mean cross-entropy in nats of hidden x (B,T,D) against targets (B,T); targets below 0 do not count."""
+        """The definition: mean cross-entropy of hidden x (B,T,D) against targets (B,T). The model calls `loss`."""
         logits = self.logits(x).flatten(0, 1)
         targets = targets.flatten()
         return F.cross_entropy(logits.float(), targets.where(targets >= 0, -100))
@@ -865,7 +874,7 @@ class LM(nn.Module, HubMixin):
 
         Linear mixers read the prompt, in pieces, by the chunked form, and each new token by the recurrent one.
         temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that together
-        have p. compiled: one token's step by torch.compile, which takes half a minute before it is faster.
+        have probability top_p. compiled: use torch.compile for single tokens; compiling takes about a minute.
         Yields: (tokens (B,), the state before reading them). On a GPU the next step overwrites it: clone it to keep it.
         """
         def step(idx, state):
@@ -901,11 +910,11 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         likelier = p.cumsum(-1) - p                                   # the probability of all likelier tokens
         dropped = (likelier >= top_p) & (likelier > 0)                # the likeliest always stays
         logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(dropped, -math.inf))
-    # As torch.multinomial draws one, but without its checks, which wait for the GPU: each token has its probability p of
-    # being the one where p / q is largest.
+    # As torch.multinomial draws one token, but without its checks, which wait for the GPU: with noise ~ Exp(1), the
+    # largest p / noise is that of each token with its probability p.
     p = logits.softmax(-1)
-    q = torch.empty_like(p).exponential_(generator=generator)
-    return (p / q).argmax(-1)
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    return (p / noise).argmax(-1)
 
 
 def state_bytes(state):
