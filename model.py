@@ -75,16 +75,17 @@ def decays(g):
     # Where exp(g) underflows, the state is reset. Such a g is left out of the sums: added in, it would swamp all later
     # terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones are.
     is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
-    G = g.masked_fill(is_reset, 0).cumsum(-1)
+    # In float64: in fp32, large terms would cost small ones their digits.
+    G = float64(g.masked_fill(is_reset, 0)).cumsum(-1)
     token = torch.arange(g.shape[-1], device=g.device)
     last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
     i = token[:, None]
     j = token
     masked = (j > i) | (j < last_reset[..., None])
     # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
-    log_decay = G[..., :, None] - G[..., None, :]
+    log_decay = (G[..., :, None] - G[..., None, :]).to(g.dtype)
     decay = log_decay.masked_fill(masked, -math.inf).exp()
-    since_start = G.exp().masked_fill(last_reset >= 0, 0)
+    since_start = G.to(g.dtype).exp().masked_fill(last_reset >= 0, 0)
     until_end = decay[..., -1, :]
     return decay, since_start[..., None], until_end[..., None]
 
@@ -141,6 +142,11 @@ def outer(k, v):
 def read(S, q):
     """S^T q: (...,K,V) and (...,K) -> (...,V)."""
     return (q[..., None, :] @ S)[..., 0, :]
+
+
+def float64(x):
+    """x in float64; in fp32 on a Mac's GPU, which has no float64."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def unbind(*xs):
@@ -299,10 +305,9 @@ def pad_time(x, count):
 
 def rope_table(positions, width):
     """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # fp32: 0.06 rad off at 10^6
-    even = torch.arange(0, width, 2, device=positions.device, dtype=wide)  # 2i
+    even = float64(torch.arange(0, width, 2, device=positions.device))    # 2i
     frequency = 10000.0 ** (-even / width)
-    angle = positions.to(wide)[:, None] * frequency
+    angle = float64(positions)[:, None] * frequency                   # in fp32, 0.06 rad off at 10^6
     return angle.cos(), angle.sin()
 
 
