@@ -243,9 +243,15 @@ def load_weights(model, checkpoint):
             weights[name][0] = 1
     check_shared(model, weights, "the checkpoint")
     if unfit := misfits(model.state_dict(), weights):
-        raise UserError(f"the checkpoint holds a model of another shape: {unfit[0]} and {len(unfit) - 1} others do "
-                        "not fit")
+        raise UserError(f"the checkpoint holds a model of another shape: {first_of(unfit)} would not fit. Use its "
+                        "settings, or --init_from=CHECKPOINT and another --out_dir to start from what fits")
     model.load_state_dict(weights)
+
+
+def first_of(names):
+    """The first of some names, and how many more there are."""
+    more = len(names) - 1
+    return names[0] + (f" and {more} other{'s' * (more > 1)}" if more else "")
 
 
 def misfits(mine, theirs):
@@ -379,6 +385,8 @@ def checkpoint_in(out_dir):
     """out_dir, or UserError if it holds no checkpoint, which names the folder beside it that was trained in last."""
     if any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
         return out_dir
+    if Path(out_dir).is_file():
+        raise UserError(f"out_dir is the folder of a training: to open a file, --init_from={shell(str(out_dir))}")
     others = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     folder = shell(str(others[-1].parent)) if others else "..."
     raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name the folder of a trained model, "
@@ -560,8 +568,8 @@ def start_from(model, source, name):
     here, there = (dataclasses.asdict(m.config) for m in (model, source))
     changed = "; ".join(f"{key} was {there[key]}, now {here[key]}" for key in here if here[key] != there[key])
     if unfit := [key for key in differ if ".mixer." not in key]:
-        raise UserError(f"{name} holds a model of another shape ({changed}): {unfit[0]} and {len(unfit) - 1} others do "
-                        "not fit; leave out what is set differently here")
+        raise UserError(f"{name} holds a model of another shape ({changed}): {first_of(unfit)} would not fit; "
+                        "leave out what is set differently here")
     check_shared(model, theirs, name)
     model.load_state_dict({key: theirs[key] for key in kept}, strict=False)
 
@@ -599,10 +607,16 @@ def restore_run(run, checkpoint):
 def adapt(run, checkpoint):
     """Says which settings changed, and what that does to the place in the data."""
     changed = changes(checkpoint, run.config, run.model_config, run.data.fingerprint)
+    if "init_from" in changed and run.config.init_from:
+        raise UserError(f"{run.latest} continues with its own weights: leave --init_from out, or use another --out_dir "
+                        f"to start from {run.config.init_from}")
     say(f"resuming with changed settings: {'; '.join(changed.values()) or 'none'}")
     run.skips_in_a_row = 0
     run.best_loss = loss_of_best(run.best, run.config, run.model_config, run.data.fingerprint)
-    if changed.keys() & {"seq_len", "seed", "sha256"}:
+    if "dataset" in changed:
+        run.sequences = 0
+        say(f"the run continues at the beginning of {run.config.dataset}")
+    elif changed.keys() & {"seq_len", "seed", "sha256"}:
         run.sequences = -(-run.tokens // run.model_config.seq_len)
         done = run.sequences % run.windows.total / run.windows.total
         say(f"the text is cut and ordered differently, and the run continues at sequence {run.sequences:,}: {done:.0%} "

@@ -167,8 +167,7 @@ def write(model, tokenizer, given, options):
     most = 256 if limit is None else limit
     if model.config.pos == "learned":
         end = model.config.seq_len
-        if limit is None or limit >= end:                                         # the prompt keeps half of them
-            most = min(most, max(end - len(prompt), end // 2))
+        most = min(most, max(end - len(prompt), end // 2))                        # the prompt keeps half of them
         prompt = prompt[-max(1, end - most):]
     idx = torch.tensor([prompt], device=model.embed.weight.device)
     text = b""
@@ -202,14 +201,17 @@ def read_options(options, prompt_length=0):
         if not limits and "max_length" in given:                                  # of prompt and text
             limits = [max(0, int(given["max_length"]) - prompt_length)]
         temperature = float(given.get("temperature", 1))
+        samples = str(given.get("do_sample", "temperature" in given)).lower() in ("true", "1")
         sampling = {
-            "temperature": temperature if given.get("do_sample", "temperature" in given) else 0,
+            "temperature": temperature if samples and temperature >= 1e-3 else 0,     # below, it takes the likeliest
             "top_k": int(given.get("top_k", 0)),
             "top_p": float(given.get("top_p", 1)),
         }
         stops = [stop.encode() for stop in until if stop]
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature {temperature}")
+        if min(limits, default=0) < 0:
+            raise ValueError(f"at most {min(limits)} tokens")
     except (ValueError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(f"a task's generation_kwargs cannot be read ({error}): {options}") from None
     return limits[0] if limits else None, sampling, stops

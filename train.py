@@ -434,8 +434,9 @@ def train(config, model_config, checkpoint, data, device):
     run.spread()
     run.open_folder(fresh=not checkpoint)
     tokens = config.batch_size * model_config.seq_len
+    sequences = run.sequences + (config.max_steps - run.step) * config.batch_size
     say(f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, {config.precision} on {device}, "
-        f"{tokens:,} tokens a step, {tokens * config.max_steps / run.windows.tokens:.2g} epochs"
+        f"{tokens:,} tokens a step, {sequences / run.windows.total:.2g} epochs"
         + f", {WORLD} processes" * (WORLD > 1)
         + (f", continuing at step {run.step}" if checkpoint else f", from {config.init_from or 'new weights'}"))
     run.train()

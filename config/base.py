@@ -4,7 +4,7 @@ Transformers are RNNs (Katharopoulos et al. 2020, arXiv 2006.16236).
     python prepare.py --shards=8
     python train.py config/base.py
 
-44.64 M parameters (18.88 M beside the embedding); a sequence's state is 0.80 MB in fp32.
+44.64 M parameters (18.88 M without the embedding); a sequence's state is 0.80 MB in fp32.
 Differs: trained by Muon, as all presets are; the paper's optimizer is one flag away: --optimizer=adamw --lr=2e-4.
 """
 out_dir = "out/base"

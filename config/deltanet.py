@@ -5,7 +5,7 @@
 
 Differs: the paper has SwiGLU and AdamW; GELU and Muon are better here.
 
-44.69 M parameters (18.93 M beside the embedding); a sequence's state is 1.68 MB in fp32.
+44.69 M parameters (18.93 M without the embedding); a sequence's state is 1.68 MB in fp32.
 """
 out_dir = "out/deltanet"
 

@@ -6,7 +6,7 @@
 Widths as in its section 3.4: keys 0.75 dim, values 1.5 dim in all, so the mixer has 6 dim^2 parameters.
 Differs: the paper has SwiGLU and AdamW; GELU and Muon are better here.
 
-44.70 M parameters (18.94 M beside the embedding); a sequence's state is 1.88 MB in fp32.
+44.70 M parameters (18.94 M without the embedding); a sequence's state is 1.88 MB in fp32.
 """
 out_dir = "out/gated_deltanet"
 

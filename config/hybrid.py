@@ -7,7 +7,7 @@ The window sees the near past exactly, the gated delta rule keeps the far past i
 tokens stands before both. Gated DeltaNet-H1 (arXiv 2412.06464, section 3.4) mixes the same two in another order, with
 a longer window, SwiGLU and AdamW. docs/results.md has what was compared.
 
-44.69 M parameters (18.93 M beside the embedding); a sequence's state is 4.13 MB in fp32.
+44.69 M parameters (18.93 M without the embedding); a sequence's state is 4.13 MB in fp32.
 """
 out_dir = "out/hybrid"
 

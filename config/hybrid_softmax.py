@@ -6,7 +6,7 @@
 The softmax layers recall exactly what the matrices of the others cannot hold, so the state grows with the text, in a
 third of the layers.
 
-44.69 M parameters (18.93 M beside the embedding); a sequence's state is 9.68 MB in fp32 after 1024 tokens, and grows
+44.69 M parameters (18.93 M without the embedding); a sequence's state is 9.68 MB in fp32 after 1024 tokens, and grows
 with the text.
 """
 out_dir = "out/hybrid_softmax"

@@ -6,7 +6,7 @@
 Values are twice as wide as keys, and the feed-forward half as wide, as in its section 3.1. Differs: rope, not xPos;
 Muon, not AdamW.
 
-44.64 M parameters (18.88 M beside the embedding); a sequence's state is 3.15 MB in fp32.
+44.64 M parameters (18.88 M without the embedding); a sequence's state is 3.15 MB in fp32.
 """
 out_dir = "out/retnet"
 

@@ -4,7 +4,7 @@
     python train.py config/softmax.py
     python train.py config/softmax.py --short_conv --out_dir=out/softmax_conv    # the stronger baseline
 
-44.64 M parameters (18.88 M beside the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows
+44.64 M parameters (18.88 M without the embedding); a sequence's state is 25.17 MB in fp32 after 1024 tokens, and grows
 with the text.
 """
 out_dir = "out/softmax"

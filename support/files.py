@@ -216,11 +216,11 @@ def has_many_nuls(data):
 def likely_encoding(data):
     """What the bytes of a text may be, which are not UTF-8, by a name that iconv knows too; "" if there is no telling.
 
-    Few bytes beyond ASCII mean a Western European language; the rest is left to charset_normalizer."""
+    Up to a third beyond ASCII means a Western European language; the rest is left to charset_normalizer."""
     data = data[:1 << 16]
     if has_many_nuls(data):
         return "UTF-16LE" if data[1::2].count(0) >= data[::2].count(0) else "UTF-16BE"
-    if len(data.translate(None, bytes(range(128)))) * 5 < len(data):
+    if len(data.translate(None, bytes(range(128)))) * 3 < len(data):
         return "CP1252"
     try:
         from charset_normalizer import from_bytes  # comes with tiktoken

@@ -981,7 +981,7 @@ def test_a_preset_has_the_parameters_and_the_state_of_its_comment(name):
     total, embedding = sum(p.numel() for p in lm.parameters()), lm.embed.weight.numel()
     _, state = lm.hidden(torch.zeros(1, 1024, dtype=torch.long))
     size = sum(x.numel() * x.element_size() for x in tree_leaves(state["layers"]) if x is not None)
-    said = re.search(r"([\d.]+) M parameters \(([\d.]+) M beside the embedding\).*? ([\d.]+) MB", path.read_text())
+    said = re.search(r"([\d.]+) M parameters \(([\d.]+) M without the embedding\).*? ([\d.]+) MB", path.read_text())
     assert "arXiv" in path.read_text()                                           # the source
     assert said.groups() == tuple(f"{n / 1e6:.2f}" for n in (total, total - embedding, size))
     assert abs(total - embedding - 18.91e6) < 0.005 * 18.91e6                    # so any two are within 1 %

@@ -871,13 +871,13 @@ def test_a_tokenizer_json_that_is_none_is_one_line(tmp_path, data):
 # What is said at the end.
 
 @pytest.mark.parametrize("gpu, vocab_size, train, command", [
-    (False, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d"),  # a novel
-    (False, 257, 100_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d --max_steps=200"),
-    (True, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d"),
-    (True, 50257, 170_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d"),
-    (True, 50257, 30_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d --max_steps=4600"),
+    (False, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d --max_steps=600"),  # a novel
+    (False, 257, 100_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d --max_steps=100"),
+    (True, 257, 600_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d --max_steps=600"),
+    (True, 50257, 170_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d --max_steps=10400"),
+    (True, 50257, 30_000_000, "    python train.py config/hybrid.py --dataset=d --out_dir=out/d --max_steps=1800"),
     (False, 50257, 170_000_000, "    python train.py config/tiny.py --dataset=d --out_dir=out/d\nor, on a GPU:\n"
-     "    python train.py config/hybrid.py --dataset=d --out_dir=out/d")])
+     "    python train.py config/hybrid.py --dataset=d --out_dir=out/d --max_steps=10400")])
 def test_the_next_command_fits_the_text_and_the_machine_and_stands_on_its_own_line(monkeypatch, gpu, vocab_size, train,
                                                                                    command):
     from support import advice
