@@ -185,8 +185,6 @@ SMOKE = dataclasses.replace(
     test=tuple(part._replace(examples=64) for part in FULL.test),
     models=("based d64 f16", "gated_deltanet d64", "softmax d64", "window64 d128"))
 
-SETTINGS = {"small": SMALL, "full": FULL, "smoke": SMOKE}
-
 # Read off the figures of [1] and of its code's page, +-0.01: bytes of the state, accuracy.
 PUBLISHED = {"based d48 f8": (9.4e3, 0.67), "based d64 f8": (12.5e3, 0.72), "based d64 f16": (40.5e3, 0.91),
              "based d128 f16": (80e3, 0.985), "deltanet d64": (9.0e3, 0.79), "deltanet d128": (34e3, 0.96),
@@ -797,7 +795,7 @@ def main():
         kind = "full"
     if args.smoke:
         kind = "smoke"
-    setting = SETTINGS[kind]
+    setting = {"small": SMALL, "full": FULL, "smoke": SMOKE}[kind]
     setting = dataclasses.replace(setting, epochs=args.epochs or setting.epochs, seeds=args.seeds or setting.seeds,
                                   more_seeds={} if args.seeds else setting.more_seeds)
     names = pick_names(args.only, setting.models)
