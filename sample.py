@@ -359,21 +359,42 @@ def converse(model, tokenizer, prompt, state, config, options):
 
 
 def typed_lines(terminal):
-    """Yields the lines of standard input up to its end."""
+    """Yields the lines of standard input up to its end. At a terminal's prompt, Ctrl-C discards the line."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (input() edits lines with it)
+    if not terminal:
+        while (line := typed_line("")) is not None:
+            yield line
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() edits lines with it)
+    before = signal.getsignal(signal.SIGINT)
     while True:
         try:
-            yield input("> " if terminal else "")
-        except EOFError:
-            print(end="\n" if terminal else "")
-            return
-        except KeyboardInterrupt:                                                 # of the line, not of the program
-            if not terminal:
-                raise
+            signal.signal(signal.SIGINT, interrupt_once)
+            line = typed_line("> ")
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:
             print()
+            continue
+        if line is None:
+            break
+        yield line
+    print()
+    signal.signal(signal.SIGINT, before)
+
+
+def typed_line(prompt):
+    """The next line of standard input, or None at its end."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def interrupt_once(number, frame):
+    """Handles a Ctrl-C; one that follows it too soon, while the first is handled, is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
