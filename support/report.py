@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import html
 import importlib
+import io
 import json
 import math
 import os
@@ -312,16 +313,18 @@ def picture(path, draw, told="wrote", **panels):
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(**panels)
         draw(axes)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
+        with replacing(path) as temporary:
+            temporary.write_bytes(png.getvalue())
     except UserError:                                                             # the disk is full
         raise
     except ImportError as error:
         if getattr(error, "name", "") == "matplotlib":
             return say(f"no {path.name}: pip install matplotlib to draw it")
         say(f"no {path.name}: matplotlib cannot be imported ({error})")
-    except Exception as error:  # a backend, a font, a cache folder: each its own exception type
+    except (Exception, SystemExit) as error:  # a backend, a font, a cache folder: each its own exception type
         say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {(str(error) or 'no word').splitlines()[0]})")
     else:
         say(f"{told} {path}")

@@ -69,17 +69,28 @@ def test_durations_are_said_in_the_unit_that_suits_them():
 
 
 @pytest.mark.parametrize("package", ["matplotlib/__init__.py", "matplotlib/pyplot.py"])
-def test_a_matplotlib_that_fails_is_one_line_and_fails_no_run(tmp_path, package):
+@pytest.mark.parametrize("error", ["AttributeError", "SystemExit"])
+def test_a_matplotlib_that_fails_is_one_line_and_fails_no_run(tmp_path, package, error):
     """Not there, of another numpy, or with a backend that does not start: the run that asked for a picture goes on."""
     (tmp_path / "matplotlib").mkdir()
     (tmp_path / "matplotlib/__init__.py").write_text("def use(backend): pass")
-    (tmp_path / package).write_text("raise AttributeError('_ARRAY_API not found')")
+    (tmp_path / package).write_text(f"raise {error}('_ARRAY_API not found')")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n')
     script = f"from pathlib import Path; from support.report import plot_losses; plot_losses(Path({str(tmp_path)!r}))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True,
                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    line = "no loss.png: matplotlib fails (AttributeError: _ARRAY_API not found)\n"
+    line = f"no loss.png: matplotlib fails ({error}: _ARRAY_API not found)\n"
     assert (result.returncode, result.stdout, result.stderr) == (0, "", line)
+
+
+def test_a_font_that_fails_is_not_told_as_a_full_disk(tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def fails(*args, **options):
+        raise RuntimeError("no such font")
+    monkeypatch.setattr(figure.Figure, "savefig", fails)
+    plot_losses(tmp_path)
+    assert capsys.readouterr().err == "no loss.png: matplotlib fails (RuntimeError: no such font)\n"
 
 
 def test_damaged_lines_of_the_log_are_named_and_left_out(tmp_path, capsys):
