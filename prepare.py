@@ -40,8 +40,8 @@ from support.advice import say_what_was_made, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
 from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
-from support.texts import (MEANINGS, Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard,
-                           read, read_hub, split_tail, unreadable, valid)
+from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
+                           read_hub, split_tail, unreadable, valid)
 
 C4 = "allenai/c4"  # the repository on the hub, and how many files its splits have
 C4_TRAIN = 1024

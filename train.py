@@ -11,7 +11,6 @@ All files of a run are in out_dir: ckpt.pt (the latest state), best.pt (the lowe
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
-import dataclasses
 import json
 import math
 import sys

@@ -36,7 +36,6 @@ Their window of 64 sees 65 tokens, itself included, and so does ours here.
 """
 import dataclasses
 import difflib
-import itertools
 import json
 import math
 import multiprocessing

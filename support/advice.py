@@ -96,7 +96,7 @@ def say_what_was_made(config, manifest, sources):
                      + ", as no file is named val" * bool(config.data_files))
     for key, meaning in MEANINGS.items():
         if count := sum(entry.get(key, 0) for entry in entries):
-            lines.append(f"  {count:,} {meaning}")
+            lines.append(f"  {meaning}: {count:,}")
     lines += [f"  {example}" for entry in entries for example in entry.get("examples", [])][:10]
     lines += next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val).split("\n")
     print("\n".join(map(escape, lines)))

@@ -41,7 +41,8 @@ def check_config(config, mixers, feature_maps):
     at_least(config, 0, "feature_dim", "mlp_ratio", "dropout")
     require(config.dropout < 1, f"dropout must be below 1, got {config.dropout}")
     require(config.mixers and {*config.mixers} <= {*mixers},
-            f"mixers must be a pattern of {', '.join(mixers)}, got {' '.join(config.mixers) or 'nothing'!r}")
+            f"mixers must be a pattern of {', '.join(mixers)}, got {' '.join(config.mixers) or 'nothing'!r}"
+            " (one of your own needs --plugin=FILE)")
     require(config.dim % config.n_heads == 0, f"dim={config.dim} must be a multiple of n_heads={config.n_heads}")
     require(0 < config.beta_max <= 2, f"beta_max must be above 0 and at most 2, got {config.beta_max}: above 2 the "
             "state of a delta rule diverges")

@@ -441,9 +441,12 @@ class Dataset:
     def give_vocabulary(self, model_config):
         """Sets the model's vocabulary to that of the text, unless it was said to have another."""
         tokenizer, vocab_size = tokenizer_id(self.manifest), self.manifest["vocab_size"]
-        if model_config.tokenizer not in ("", tokenizer):
-            raise UserError(f"the model knows {model_config.tokenizer[:20]} tokens, and the dataset holds "
-                            f"{tokenizer[:20]} tokens: prepare it again with the model's --tokenizer")
+        held = self.manifest["tokenizer"]
+        if model_config.tokenizer not in ("", held, tokenizer):
+            name = model_config.tokenizer.rpartition(":")[0] or model_config.tokenizer
+            held = "those of another file of that name" if held == name else f"{held} tokens"
+            raise UserError(f"the model knows {name} tokens, and the dataset holds {held}: prepare it again with the "
+                            "model's --tokenizer")
         if model_config.vocab_size not in (type(model_config).vocab_size, vocab_size):
             raise UserError(f"vocab_size={model_config.vocab_size} is not that of the dataset, {vocab_size}: "
                             "leave it out")

@@ -3,7 +3,7 @@ import itertools
 
 import torch
 
-from support.machine import autocast, seconds
+from support.machine import autocast
 
 
 def cast_for_decoding(model, precision):

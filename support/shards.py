@@ -62,6 +62,7 @@ def hash_limit(found, fraction):
     sizes = collections.Counter()
     read_ahead = []
     total = 0
+    crc = 0
     fresh = True
     for item in found:
         read_ahead.append(item)

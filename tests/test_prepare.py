@@ -625,7 +625,7 @@ def test_utf_16_after_utf_8_as_powershell_appends_it_is_refused_and_a_few_nuls_a
     (tmp_path / "a.txt").write_bytes(text.encode() * 20 + text.encode("utf-16-le") + text.encode() * 5)
     assert "a.txt is not UTF-8 text, perhaps UTF-16LE" in refusal(tmp_path, "--dataset=d", "--data_files=a.txt")
     (tmp_path / "a.txt").write_bytes(text.encode() + b"\0\0" + text.encode())
-    assert "1 texts with NUL characters" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
+    assert "texts with NUL characters: 1" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])

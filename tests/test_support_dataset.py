@@ -3,6 +3,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from configurator import UserError
+from model import ModelConfig
 from support import dataset
 from support.dataset import TokenFile, Windows
 from test_prepare import BYTES, HARD_TEXTS, LONE, contents, flip, gpt2, run, write_c4  # noqa: F401 (a fixture)
@@ -161,6 +163,19 @@ def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Windows
+
+
+@pytest.mark.parametrize("tokenizer, held", [("gpt2:a5623", "bytes tokens"), ("gpt2", "bytes tokens"),
+                                             ("bytes:c8653", "those of another file of that name")])
+def test_a_model_of_another_tokenizer_is_refused_by_names_that_people_know(tokenizer, held):
+    data = SimpleNamespace(manifest={"tokenizer": "bytes", "tokenizer_hash": "c8652", "vocab_size": 257})
+    name = tokenizer.split(":")[0]
+    with pytest.raises(UserError, match=f"^the model knows {name} tokens, and the dataset holds {held}: prepare it"):
+        dataset.Dataset.give_vocabulary(data, ModelConfig(tokenizer=tokenizer))
+    for own in ("", "bytes", "bytes:c8652"):
+        config = ModelConfig(tokenizer=own)
+        dataset.Dataset.give_vocabulary(data, config)
+        assert (config.vocab_size, config.tokenizer) == (257, "bytes:c8652")
 
 
 def token_files(folder, *sizes):
