@@ -6,10 +6,10 @@ Here they live and die in registers. What is still written is one state per chun
 
 The letters are those of model.py. For a chunk of C tokens that starts from the state S_0:
 
-    P   = Q K^T * D                                     D_ij = exp(G_i - G_j) for i >= j, else 0
-    Y   = since_start Q S_0 + P U                       S_1  = left S_0 + (until_end K)^T U
+    P   = Q K^T * decay                                 decay_ij = exp(G_i - G_j) for i >= j, else 0
+    Y   = since_start Q S_0 + P U                       S_1  = kept S_0 + (until_end K)^T U
     U   = V                                             plain
-    U   = X b (V - since_start K S_0)                   delta rule, with X = (I + tril(b K K^T * D, -1))^{-1}
+    U   = X b (V - since_start K S_0)                   delta rule, with X = (I + A)^{-1}, A = tril(b K K^T * decay, -1)
 
     forward    delta_solve     X of every chunk                        (delta rule)
                scan            S_0 of every chunk, first to last       (delta rule: delta_scan)
@@ -21,7 +21,7 @@ The letters are those of model.py. For a chunk of C tokens that starts from the 
 The scans run in parallel over batch, heads and blocks of S; the others over chunks too. P is computed again in
 backward: a product costs less than its bytes. The normaliser divides Y by the sum of weights, since_start Q Z_0 + P 1,
 where Z is the state's column of ones, a vector beside S. Its Q and K may be others than those of Y, as rope turns the
-numerator alone: NORM is "none", "own" (the same Q and K) or "other" (q_sum and k_sum).
+numerator alone: NORM is "none", "own" (the same Q and K) or "other" (q_den and k_den).
 """
 import types
 
@@ -40,7 +40,7 @@ except ImportError:                                                 # then avail
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the kernels share. A tensor (B,H,T,D) or (B,H,T) comes as a tuple of its pointer and its strides over B, H and T,
+# What the kernels share. A tensor (B,H,T,.) or (B,H,T) comes as a tuple of its pointer and its strides over B, H and T,
 # so that transposed views need no copy; head() turns it into the same of one head, a pointer and a stride over T.
 # Capitals are model.py's sizes, and flags, known when a kernel is compiled. BK and BV are widths of blocks of K and V.
 
@@ -104,7 +104,8 @@ def dot(a, b, PREC):
 
 @jit
 def decays(g, t, T, C, DECAY):
-    """G, since_start, until_end and left of the chunk at t. G is the sum of two vectors: differences keep their digits.
+    """G, since_start, until_end and kept = exp(G_C) of the chunk at t. G is the sum of two vectors, so that differences
+    keep their digits.
 
     exp(-128) is 0 in fp32, so smaller g count as -128: they are resets. Multiples of 1/1024 down to -128 C then add up
     without rounding, and what is left of each g is below 1/1024.
@@ -125,7 +126,7 @@ def decays(g, t, T, C, DECAY):
 
 @jit
 def decay_matrix(G, C, DECAY):
-    """D. Masked before exp, which overflows above the diagonal; never exp(G_i) exp(-G_j), for the same reason."""
+    """decay (C,C). Masked before exp, which overflows above the diagonal; exp(G_i) exp(-G_j) would overflow as well."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     if DECAY:
@@ -152,13 +153,13 @@ def scores(q, k, t, T, K, C, BK, PREC):
 
 @jit
 def scan(
-    k, v, k_sum, g, state,
+    k, v, k_den, g, state,
     starts, sum_starts, final,                                      # what it writes stands on a line of its own
     H, T,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
 ):
-    """S_1 = left S_0 + (until_end K)^T V, chunk after chunk, for one block of S; writes every S_0.
+    """S_1 = kept S_0 + (until_end K)^T V, chunk after chunk, for one block of S; writes every S_0.
 
     The last programs of a head do the same for Z.
     """
@@ -170,7 +171,7 @@ def scan(
     col = block // key_blocks * BV
     k = head(k, bh, H)
     v = head(v, bh, H)
-    k_sum = head(k_sum, bh, H)
+    k_den = head(k_den, bh, H)
     g = head(g, bh, H)
     state = head(state, bh, H)
     starts = head(starts, bh, H)
@@ -180,7 +181,7 @@ def scan(
         scan_states(k, v, g, state, starts, final, row, col, T, K, V, C, BK, BV, DECAY, PREC)
     if NORM != "none":
         if block >= states:
-            scan_sums(k_sum, g, state, sum_starts, final, row, T, K, V, C, BK, DECAY)
+            scan_sums(k_den, g, state, sum_starts, final, row, T, K, V, C, BK, DECAY)
 
 
 @jit
@@ -191,8 +192,8 @@ def scan_states(k, v, g, state, starts, final, row, col, T, K, V, C, BK, BV, DEC
         store(starts, S, n * K + row, n * K + K, col, V, BK, BV)
         keys = load(k, t, T, row, K, C, BK)
         values = load(v, t, T, col, V, C, BV)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
-        S = left * S + dot(tl.trans(keys), values * until_end[:, None], PREC)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
+        S = kept * S + dot(tl.trans(keys), values * until_end[:, None], PREC)
     store(final, S, row, K, col, V, BK, BV)
 
 
@@ -203,8 +204,8 @@ def scan_sums(k, g, state, sum_starts, final, row, T, K, V, C, BK, DECAY):
         t = n * C
         store_row(sum_starts, Z, n * K + row, n * K + K, BK)
         keys = load(k, t, T, row, K, C, BK)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
-        Z = left * Z + tl.sum(keys * until_end[:, None], 0)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
+        Z = kept * Z + tl.sum(keys * until_end[:, None], 0)
     store(final, Z[:, None], row, K, V, V + 1, BK, 1)
 
 
@@ -216,26 +217,27 @@ def delta_solve(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LOG_C: tl.constexpr,
     DECAY: tl.constexpr, PREC: tl.constexpr,
 ):
-    """X = (I + L)^{-1} with L = tril(b K K^T * D, -1), for one chunk.
+    """X = (I + A)^{-1} with A = tril(b K K^T * decay, -1), for one chunk.
 
-    Inverses of the diagonal blocks of n tokens give those of 2n: of [[A, 0], [M, B]] it is [[A', 0], [-B' M A', B']],
-    which on the whole matrix is X - X M X, M holding the lower left quarters. LOG_C doublings, from X = I.
+    Two neighbouring diagonal blocks of n tokens, with inverses X_1 and X_2, make one of 2n, with a part M of A below
+    the first. Its inverse is [[X_1, 0], [-X_2 M X_1, X_2]]. On the whole matrix, where M holds such a part for every
+    pair, that is X - X M X. LOG_C doublings, from X = I.
     """
     block, n, bh = program(1, tl.cdiv(T, C))
     t = n * C
     k = head(k, bh, H)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    G, since_start, until_end, left = decays(head(g, bh, H), t, T, C, DECAY)
+    G, since_start, until_end, kept = decays(head(g, bh, H), t, T, C, DECAY)
     beta = load_row(head(b, bh, H), t, T, C)
-    L = beta[:, None] * scores(k, k, t, T, K, C, BK, PREC) * decay_matrix(G, C, DECAY)
-    L = tl.where(i > j, L, 0.0)
+    A = beta[:, None] * scores(k, k, t, T, K, C, BK, PREC) * decay_matrix(G, C, DECAY)
+    A = tl.where(i > j, A, 0.0)
 
     inner: tl.constexpr = "tf32" if PREC == "bf16" else PREC
-    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, L, 0.0)
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, A, 0.0)
     for level in tl.static_range(1, LOG_C):
         together = i >> (level + 1) == j >> (level + 1)
-        M = tl.where(together & (i >> level > j >> level), L, 0.0)
+        M = tl.where(together & (i >> level > j >> level), A, 0.0)
         X -= dot(X, dot(M, X, inner), inner)
     store(head(x, bh, H), X, t, t + C, 0, C, C, C)
 
@@ -263,18 +265,18 @@ def delta_scan(
         t = n * C
         store(starts, S, n * K, n * K + K, col, V, BK, BV)
         keys = load(k, t, T, 0, K, C, BK)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
         beta = load_row(b, t, T, C)
         error = load(v, t, T, col, V, C, BV) - since_start[:, None] * dot(keys, S, PREC)
         U = dot(load(x, t, t + C, 0, C, C, C), beta[:, None] * error, PREC)
         store(u, U, t, T, col, V, C, BV)
-        S = left * S + dot(tl.trans(keys), U * until_end[:, None], PREC)
+        S = kept * S + dot(tl.trans(keys), U * until_end[:, None], PREC)
     store(head(final, bh, H), S, 0, K, col, V, BK, BV)
 
 
 @jit
 def outputs(
-    q, k, u, q_sum, k_sum, g, starts, sum_starts,
+    q, k, u, q_den, k_den, g, starts, sum_starts,
     y, scale,
     H, T,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -287,9 +289,9 @@ def outputs(
     q = head(q, bh, H)
     k = head(k, bh, H)
     starts = head(starts, bh, H)
-    G, since_start, until_end, left = decays(head(g, bh, H), t, T, C, DECAY)
-    D = decay_matrix(G, C, DECAY)
-    P = scores(q, k, t, T, K, C, BK, PREC) * D
+    G, since_start, until_end, kept = decays(head(g, bh, H), t, T, C, DECAY)
+    decay = decay_matrix(G, C, DECAY)
+    P = scores(q, k, t, T, K, C, BK, PREC) * decay
     read = tl.zeros((C, BV), tl.float32)
     for row in range(0, K, BK):
         queries = load(q, t, T, row, K, C, BK)
@@ -300,9 +302,9 @@ def outputs(
 
     if NORM != "none":
         if NORM == "other":
-            q = head(q_sum, bh, H)
-            k = head(k_sum, bh, H)
-            P = scores(q, k, t, T, K, C, BK, PREC) * D
+            q = head(q_den, bh, H)
+            k = head(k_den, bh, H)
+            P = scores(q, k, t, T, K, C, BK, PREC) * decay
         sum_starts = head(sum_starts, bh, H)
         weights = tl.sum(P, 1)
         for row in range(0, K, BK):
@@ -338,13 +340,13 @@ def sum_back(
 
 @jit
 def scan_back(
-    q, q_sum, g, scale, dz, dy, dfinal,
+    q, q_den, g, scale, dz, dy, dfinal,
     ends, sum_ends, dstate,
     H, T,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
 ):
-    """dS_0 = left dS_1 + (since_start Q)^T dY, last chunk first, for one block of S; writes every dS_1.
+    """dS_0 = kept dS_1 + (since_start Q)^T dY, last chunk first, for one block of S; writes every dS_1.
 
     The last programs of a head do the same for Z.
     """
@@ -355,7 +357,7 @@ def scan_back(
     row = block % key_blocks * BK
     col = block // key_blocks * BV
     q = head(q, bh, H)
-    q_sum = head(q_sum, bh, H)
+    q_den = head(q_den, bh, H)
     g = head(g, bh, H)
     scale = head(scale, bh, H)
     dz = head(dz, bh, H)
@@ -368,7 +370,7 @@ def scan_back(
         scan_states_back(q, g, scale, dy, dfinal, ends, dstate, row, col, T, K, V, C, BK, BV, DECAY, NORM, PREC)
     if NORM != "none":
         if block >= states:
-            scan_sums_back(q_sum, g, dz, dfinal, sum_ends, dstate, row, T, K, V, C, BK, DECAY)
+            scan_sums_back(q_den, g, dz, dfinal, sum_ends, dstate, row, T, K, V, C, BK, DECAY)
 
 
 @jit
@@ -381,10 +383,10 @@ def scan_states_back(q, g, scale, dy, dfinal, ends, dstate, row, col, T, K, V, C
         store(ends, dS, n * K + row, n * K + K, col, V, BK, BV)
         queries = load(q, t, T, row, K, C, BK)
         dY = load(dy, t, T, col, V, C, BV)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
         if NORM != "none":
             since_start *= load_row(scale, t, T, C)
-        dS = left * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
+        dS = kept * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
     store(dstate, dS, row, K, col, V, BK, BV)
 
 
@@ -398,8 +400,8 @@ def scan_sums_back(q, g, dz, dfinal, sum_ends, dstate, row, T, K, V, C, BK, DECA
         store_row(sum_ends, dZ, n * K + row, n * K + K, BK)
         dz_t = load_row(dz, t, T, C)
         queries = load(q, t, T, row, K, C, BK)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
-        dZ = left * dZ + tl.sum(queries * (since_start * dz_t)[:, None], 0)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
+        dZ = kept * dZ + tl.sum(queries * (since_start * dz_t)[:, None], 0)
     store(dstate, dZ[:, None], row, K, V, V + 1, BK, 1)
 
 
@@ -411,9 +413,9 @@ def delta_scan_back(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, PREC: tl.constexpr,
 ):
-    """dS_0 = left dS_1 + (since_start Q)^T dY - (since_start K)^T b dE, for BV columns of S; writes every dS_1 and dE.
+    """dS_0 = kept dS_1 + (since_start Q)^T dY - (since_start K)^T b dE, for BV columns of S; writes every dS_1 and dE.
 
-    E = V - since_start K S_0 - tril(K K^T * D, -1) U is the error that b scales: U = b E. What reaches b E is
+    E = V - since_start K S_0 - tril(K K^T * decay, -1) U is the error that b scales: U = b E. What reaches b E is
     dE = X^T dU, with dU = P^T dY + until_end K dS_1.
     """
     block, n, bh = program((V + BV - 1) // BV, 1)
@@ -435,27 +437,27 @@ def delta_scan_back(
         queries = load(q, t, T, 0, K, C, BK)
         keys = load(k, t, T, 0, K, C, BK)
         dY = load(dy, t, T, col, V, C, BV)
-        G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+        G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
         P = dot(queries, tl.trans(keys), PREC) * decay_matrix(G, C, DECAY)
         dU = dot(tl.trans(P), dY, PREC) + until_end[:, None] * dot(keys, dS, PREC)
         X = load(x, t, t + C, 0, C, C, C)
         dE = dot(tl.trans(X), dU, PREC)
         store(derror, dE, t, T, col, V, C, BV)
         beta = load_row(b, t, T, C)
-        dS = left * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
+        dS = kept * dS + dot(tl.trans(queries), dY * since_start[:, None], PREC)
         dS -= dot(tl.trans(keys), (beta * since_start)[:, None] * dE, PREC)
     store(head(dstate, bh, H), dS, 0, K, col, V, BK, BV)
 
 
 @jit
 def gradients(
-    q, k, v, u, q_sum, k_sum, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror,
-    dq, dk, dv, dq_sum, dk_sum, dg, db,
+    q, k, v, u, q_den, k_den, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror,
+    dq, dk, dv, dq_den, dk_den, dg, db,
     H, T,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr, PREC: tl.constexpr,
 ):
-    """The gradients of one chunk, given S_0 and dS_1: of a block of Q and K, or of q_sum and k_sum, or of V.
+    """The gradients of one chunk, given S_0 and dS_1: of a block of Q and K, or of q_den and k_den, or of V.
 
     dg and db (B,H,programs,T) are sums over the programs of a chunk: each writes a row.
     """
@@ -467,8 +469,8 @@ def gradients(
     k = head(k, bh, H)
     v = head(v, bh, H)
     u = head(u, bh, H)
-    q_sum = head(q_sum, bh, H)
-    k_sum = head(k_sum, bh, H)
+    q_den = head(q_den, bh, H)
+    k_den = head(k_den, bh, H)
     g = head(g, bh, H)
     b = head(b, bh, H)
     scale = head(scale, bh, H)
@@ -482,8 +484,8 @@ def gradients(
     dq = head(dq, bh, H)
     dk = head(dk, bh, H)
     dv = head(dv, bh, H)
-    dq_sum = head(dq_sum, bh, H)
-    dk_sum = head(dk_sum, bh, H)
+    dq_den = head(dq_den, bh, H)
+    dk_den = head(dk_den, bh, H)
     dg = row_of(head(dg, bh, H), block)
     db = row_of(head(db, bh, H), block)
 
@@ -492,7 +494,7 @@ def gradients(
                       n, block * BK, T, K, V, C, BK, BV, DECAY, DELTA, NORM, PREC)
     if NORM == "other":
         if (block >= key_blocks) & (block < key_blocks + sums):
-            sum_gradients(q_sum, k_sum, g, dz, sum_starts, sum_ends, dq_sum, dk_sum, dg,
+            sum_gradients(q_den, k_den, g, dz, sum_starts, sum_ends, dq_den, dk_den, dg,
                           n, (block - key_blocks) * BK, T, K, C, BK, DECAY, PREC)
     if block >= key_blocks + sums:
         col = (block - key_blocks - sums) * BV
@@ -506,7 +508,7 @@ def gradients(
 def value_gradients(q, k, g, scale, dy, ends, dv, n, col, T, K, V, C, BK, BV, DECAY, NORM, PREC):
     """dV = P^T dY + until_end K dS_1"""
     t = n * C
-    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
     P = scores(q, k, t, T, K, C, BK, PREC) * decay_matrix(G, C, DECAY)
     if NORM != "none":
         P *= load_row(scale, t, T, C)[:, None]
@@ -523,7 +525,7 @@ def value_gradients(q, k, g, scale, dy, ends, dv, n, col, T, K, V, C, BK, BV, DE
 @jit
 def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_ends, derror, dq, dk, dg, db,
                   n, row, T, K, V, C, BK, BV, DECAY, DELTA, NORM, PREC):
-    """dQ = since_start dY S_0^T + dP K and dK = until_end U dS_1^T + dP^T Q, with dP = (dY U^T) * D"""
+    """dQ = since_start dY S_0^T + dP K and dK = until_end U dS_1^T + dP^T Q, with dP = (dY U^T) * decay"""
     t = n * C
     dK_read = tl.zeros((C, BK), tl.float32)
     dG = tl.zeros((C,), tl.float32)
@@ -532,7 +534,7 @@ def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_en
     dP = tl.zeros((C, C), tl.float32)
     dQ = tl.zeros((C, BK), tl.float32)
     dK = tl.zeros((C, BK), tl.float32)
-    dleft = 0.0
+    dkept = 0.0
     for col in range(0, V, BV):
         dY = load(dy, t, T, col, V, C, BV)
         U = load(u, t, T, col, V, C, BV)
@@ -542,7 +544,7 @@ def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_en
         dQ += dot(dY, tl.trans(S), PREC)
         dK += dot(U, tl.trans(dS), PREC)
         if DECAY:
-            dleft += tl.sum(S.to(tl.float32) * dS)
+            dkept += tl.sum(S.to(tl.float32) * dS)
     if NORM != "none":
         scale_t = load_row(scale, t, T, C)[:, None]
         dP *= scale_t
@@ -554,8 +556,8 @@ def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_en
         dP += dz_t
         dQ += dz_t * Z
         dK += dZ
-        dleft += tl.sum(Z * dZ)
-    finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC)
+        dkept += tl.sum(Z * dZ)
+    finish(q, k, g, dP, dQ, dK, dkept, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC)
 
 
 @jit
@@ -573,7 +575,7 @@ def sum_gradients(q, k, g, dz, sum_starts, sum_ends, dq, dk, dg, n, row, T, K, C
 
 
 @jit
-def finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC):
+def finish(q, k, g, dP, dQ, dK, dkept, dK_read, dG, dq, dk, dg, t, row, T, K, C, BK, DECAY, PREC):
     """Writes dQ, dK and dg, from dP, dQ and dK as they are without decay and without P.
 
     What query i reads holds exp(G_i), and what key j writes exp(-G_j): so dG_i = Q_i . dQ_i - K_i . dK_i. And S_1,
@@ -581,7 +583,7 @@ def finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C,
     """
     queries = load(q, t, T, row, K, C, BK)
     keys = load(k, t, T, row, K, C, BK)
-    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
     dP *= decay_matrix(G, C, DECAY)
     late = dK * until_end[:, None]
     dQ = dQ * since_start[:, None] + dot(dP, keys, PREC)
@@ -590,7 +592,7 @@ def finish(q, k, g, dP, dQ, dK, dleft, dK_read, dG, dq, dk, dg, t, row, T, K, C,
     store(dk, dK + dK_read, t, T, row, K, C, BK)
     if DECAY:
         dG += tl.sum(queries * dQ - keys * dK, 1)
-        dG_C = tl.sum(keys * late) + left * dleft
+        dG_C = tl.sum(keys * late) + kept * dkept
         dg_t = tl.cumsum(dG, 0, reverse=True) + dG_C
         reset = load_row(g, t, T, C) < -128
         store_row(dg, tl.where(reset, 0.0, dg_t), t, T, C)
@@ -613,7 +615,7 @@ def delta_key_gradients(k, u, g, b, starts, derror, db, n, row, T, K, V, C, BK, 
         dE_K -= dot(dE, tl.trans(S), PREC)
     keys = load(k, t, T, row, K, C, BK)
     beta = load_row(b, t, T, C)[:, None]
-    G, since_start, until_end, left = decays(g, t, T, C, DECAY)
+    G, since_start, until_end, kept = decays(g, t, T, C, DECAY)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     dP = tl.where(i > j, dP * decay_matrix(G, C, DECAY), 0.0)
@@ -665,7 +667,7 @@ def sizes(q, v, chunk_size):
 
 
 def views(*tensors):
-    """Tensors (B,H,T,D) or (B,H,T) as the kernels take them: pointer and strides. Rows that are not dense are copied.
+    """Tensors (B,H,T,.) or (B,H,T) as the kernels take them: pointer and strides. Rows that are not dense are copied.
 
     For one that is not there (None, or no elements) a kernel gets the first, and does not touch it.
     """
@@ -679,18 +681,18 @@ def view(x):
 
 
 def empty(x, dtype=None):
-    """Like x (B,H,T,D), but laid out (B,T,H,D), as the projections around the operation want it."""
+    """Like x (B,H,T,.), but laid out (B,T,H,.), as the projections around the operation want it."""
     return torch.empty_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def kind(norm, q_sum):
+def kind(norm, q_den):
     """NORM of the kernels."""
     if not norm:
         return "none"
-    return "own" if q_sum is None else "other"
+    return "own" if q_den is None else "other"
 
 
-def allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
+def allocate(q, k, v, g, b, q_den, k_den, state, norm, chunk_size):
     """y, the final state, and what backward needs: starts, sum_starts, scale; x and u of the delta rule."""
     B, H, T, K = q.shape
     size = sizes(q, v, chunk_size)
@@ -708,21 +710,21 @@ def allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
     return empty(v, q.dtype), torch.empty_like(state), starts, sum_starts, scale, x, u
 
 
-def forward(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
-    results = allocate(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size)
+def forward(q, k, v, g, b, q_den, k_den, state, norm, chunk_size):
+    results = allocate(q, k, v, g, b, q_den, k_den, state, norm, chunk_size)
     B, H, T, K = q.shape
     V = v.shape[-1]
     constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
     heads = B * H
     chunks = heads * blocks(T, constants["C"])
-    NORM = kind(norm, q_sum)
+    NORM = kind(norm, q_den)
     y, final, starts, sum_starts, scale, x, u = views(*results)
     delta = b is not None
-    q, k, v, g, b, q_sum, k_sum, state = views(q, k, v, g, b, q_sum, k_sum, state)
+    q, k, v, g, b, q_den, k_den, state = views(q, k, v, g, b, q_den, k_den, state)
     with torch.cuda.device_of(results[0]):
         if not delta:
             programs = blocks(K, 64) * (blocks(V, 32) + norm)
-            scan[heads * programs,](k, v, k if NORM == "own" else k_sum, g, state, starts, sum_starts, final,
+            scan[heads * programs,](k, v, k if NORM == "own" else k_den, g, state, starts, sum_starts, final,
                                     **constants, BK=64, BV=32, NORM=NORM, num_stages=3)
             u = v
         else:
@@ -730,27 +732,27 @@ def forward(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size):
             BK = max(64, power(K))
             delta_scan[heads * blocks(V, 32),](k, v, x, g, b, state, u, starts, final, **constants, BK=BK, BV=32,
                                                num_stages={64: 3, 128: 2}.get(BK, 1))
-        outputs[chunks * blocks(V, 64),](q, k, u, q_sum, k_sum, g, starts, sum_starts, y, scale, **constants,
+        outputs[chunks * blocks(V, 64),](q, k, u, q_den, k_den, g, starts, sum_starts, y, scale, **constants,
                                          BK=64, BV=64, NORM=NORM, num_stages=1)
     return results
 
 
-def allocate_backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
+def allocate_backward(q, k, v, g, b, q_den, k_den, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
                       chunk_size):
     dg, db = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (g, b))
-    dq_sum, dk_sum = (q.new_empty(0) if t is None else empty(t) for t in (q_sum, k_sum))
-    return empty(q), empty(k), empty(v), dg, db, dq_sum, dk_sum, torch.empty_like(dfinal)
+    dq_den, dk_den = (q.new_empty(0) if t is None else empty(t) for t in (q_den, k_den))
+    return empty(q), empty(k), empty(v), dg, db, dq_den, dk_den, torch.empty_like(dfinal)
 
 
-def backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm, chunk_size):
-    results = allocate_backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
+def backward(q, k, v, g, b, q_den, k_den, scale, y, starts, sum_starts, x, u, dy, dfinal, norm, chunk_size):
+    results = allocate_backward(q, k, v, g, b, q_den, k_den, scale, y, starts, sum_starts, x, u, dy, dfinal, norm,
                                 chunk_size)
     B, H, T, K = q.shape
     V = v.shape[-1]
     constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
     heads = B * H
     chunks = heads * blocks(T, constants["C"])
-    NORM = kind(norm, q_sum)
+    NORM = kind(norm, q_den)
     delta = b is not None
     ends, sum_ends, dz, derror = map(torch.empty_like, (starts, sum_starts, scale, u))
     reads = blocks(K, 64) * (2 if NORM == "other" else 1)
@@ -760,10 +762,10 @@ def backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy
     dg, db = results[3:5]
     dg_parts, db_parts = (None if t is None else t.new_empty(B, H, programs, T) for t in (g, b))
 
-    dq, dk, dv, _, _, dq_sum, dk_sum, dstate = views(*results)
+    dq, dk, dv, _, _, dq_den, dk_den, dstate = views(*results)
     starts, sum_starts, ends_, sum_ends, dz = views(starts, sum_starts, ends, sum_ends, dz)
     dg_, db_ = views(*[ends if x is None else x for x in (dg_parts, db_parts)])
-    q, k, v, g, b, q_sum, k_sum, scale, y = views(q, k, v, g, b, q_sum, k_sum, scale, y)
+    q, k, v, g, b, q_den, k_den, scale, y = views(q, k, v, g, b, q_den, k_den, scale, y)
     dy, dfinal, x, u, derror = views(dy, dfinal, x, u, derror)
     with torch.cuda.device_of(ends):
         if not delta:
@@ -771,15 +773,15 @@ def backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy
             if norm:
                 sum_back[heads * blocks(T, 32),](y, dy, scale, dz, H, T, V=V, C=32, BV=max(16, power(V)))
             scans = blocks(K, 64) * (blocks(V, 32) + norm)
-            scan_back[heads * scans,](q, q if NORM == "own" else q_sum, g, scale, dz, dy, dfinal, ends_, sum_ends,
+            scan_back[heads * scans,](q, q if NORM == "own" else q_den, g, scale, dz, dy, dfinal, ends_, sum_ends,
                                       dstate, **constants, BK=64, BV=32, NORM=NORM, num_stages=3)
         else:
             BK = max(64, power(K))
             delta_scan_back[heads * blocks(V, 32),](q, k, x, g, b, dy, dfinal, ends_, derror, dstate, **constants,
                                                     BK=BK, BV=32, num_stages={64: 3, 128: 2}.get(BK, 1))
         gradients[chunks * programs,](
-            q, k, v, u, q_sum, k_sum, g, b, scale, dz, starts, sum_starts, dy, ends_, sum_ends, derror, dq, dk, dv,
-            dq_sum, dk_sum, dg_, db_, **constants, BK=64, BV=64, DELTA=delta, NORM=NORM, num_stages=1,
+            q, k, v, u, q_den, k_den, g, b, scale, dz, starts, sum_starts, dy, ends_, sum_ends, derror, dq, dk, dv,
+            dq_den, dk_den, dg_, db_, **constants, BK=64, BV=64, DELTA=delta, NORM=NORM, num_stages=1,
             maxnreg=128 if crowded else None)
     if constants["DECAY"]:
         torch.sum(dg_parts[:, :, :reads], 2, out=dg)
@@ -789,19 +791,19 @@ def backward(q, k, v, g, b, q_sum, k_sum, scale, y, starts, sum_starts, x, u, dy
 
 
 library.define("lat::linear_attention", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_sum, Tensor? k_sum, Tensor state, bool norm, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_den, Tensor? k_den, Tensor state, bool norm, "
     "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 library.define("lat::linear_attention_backward", (
-    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_sum, Tensor? k_sum, Tensor scale, Tensor? y, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_den, Tensor? k_den, Tensor scale, Tensor? y, "
     "Tensor starts, Tensor sum_starts, Tensor x, Tensor u, Tensor dy, Tensor dfinal, bool norm, "
     "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 
 
 def save(ctx, inputs, output):
-    q, k, v, g, b, q_sum, k_sum, state, ctx.norm, ctx.chunk_size = inputs
+    q, k, v, g, b, q_den, k_den, state, ctx.norm, ctx.chunk_size = inputs
     y, final, *rest = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, b, q_sum, k_sum, final, y if ctx.norm else None, *rest)
+    ctx.save_for_backward(q, k, v, g, b, q_den, k_den, final, y if ctx.norm else None, *rest)
 
 
 def differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_backward):
@@ -862,33 +864,33 @@ def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=
     return run(q, k, v, log_decay, beta, None, None, state, False, chunk_size)
 
 
-def normalised_linear_attention(q, k, v, q_sum, k_sum, log_decay=None, state=None, chunk_size=64):
-    """y divided by the sum of the weights that q_sum and k_sum make, plus 1e-6; the state (B,H,K,V+1), with that sum's.
+def normalised_linear_attention(q, k, v, q_den, k_den, log_decay=None, state=None, chunk_size=64):
+    """y divided by the sum of the weights that q_den and k_den make, plus 1e-6; the state (B,H,K,V+1), with that sum's.
 
-    With q and k themselves for q_sum and k_sum, those sums cost next to nothing.
+    With q and k themselves for q_den and k_den, those sums cost next to nothing.
     """
-    if q_sum is q and k_sum is k:
-        q_sum, k_sum = None, None
-    return run(q, k, v, log_decay, None, q_sum, k_sum, state, True, chunk_size)
+    if q_den is q and k_den is k:
+        q_den, k_den = None, None
+    return run(q, k, v, log_decay, None, q_den, k_den, state, True, chunk_size)
 
 
-def run(q, k, v, log_decay, beta, q_sum, k_sum, state, norm, chunk_size):
-    tensors = [q, k, v, q_sum, k_sum]
+def run(q, k, v, log_decay, beta, q_den, k_den, state, norm, chunk_size):
+    tensors = [q, k, v, q_den, k_den]
     if torch.is_autocast_enabled("cuda"):                           # what autocast makes fp32 would cost three products
         dtype = torch.get_autocast_dtype("cuda")
         tensors = [x if x is None else x.to(dtype) for x in tensors]
-    q, k, v, q_sum, k_sum = tensors
+    q, k, v, q_den, k_den = tensors
     B, H, T, K = q.shape
     pad = -K % 16                                                   # aligned rows load 16 bytes at once
     if pad:
-        q, k, q_sum, k_sum = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, q_sum, k_sum))
+        q, k, q_den, k_den = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, q_den, k_den))
     g, b = (x if x is None else x.float() for x in (log_decay, beta))
     if state is None:
         state = q.new_zeros(B, H, K + pad, v.shape[-1] + norm, dtype=torch.float32)
     else:
         state = F.pad(state.float(), (0, 0, 0, pad)).contiguous()
     operation = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else Eager.apply
-    y, state, *_ = operation(q, k, v, g, b, q_sum, k_sum, state, norm, chunk_size)
+    y, state, *_ = operation(q, k, v, g, b, q_den, k_den, state, norm, chunk_size)
     return y, state[:, :, :K]
 
 

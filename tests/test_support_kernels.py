@@ -33,21 +33,21 @@ def same_numbers_every_time():
     torch.manual_seed(0)
 
 
-def recurrence(q, k, v, log_decay=None, beta=None, state=None, q_sum=None, k_sum=None):
-    """The definition, token by token; q_sum and k_sum make the weights to divide by."""
-    S = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + (q_sum is not None)) if state is None else state
-    S, Z = (S, None) if q_sum is None else S.split([v.shape[3], 1], dim=-1)
+def recurrence(q, k, v, log_decay=None, beta=None, state=None, q_den=None, k_den=None):
+    """The definition, token by token; q_den and k_den make the weights to divide by."""
+    S = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + (q_den is not None)) if state is None else state
+    S, Z = (S, None) if q_den is None else S.split([v.shape[3], 1], dim=-1)
     ys = []
     for t in range(q.shape[2]):
-        left = 1.0 if log_decay is None else log_decay[:, :, t, None, None].exp()
-        S, write = left * S, v[:, :, t, None]
+        kept = 1.0 if log_decay is None else log_decay[:, :, t, None, None].exp()
+        S, write = kept * S, v[:, :, t, None]
         if beta is not None:
             write = beta[:, :, t, None, None] * (write - k[:, :, t, None] @ S)
         S = S + k[:, :, t, :, None] * write
         y = q[:, :, t, None] @ S
-        if q_sum is not None:
-            Z = left * Z + k_sum[:, :, t, :, None]
-            y = y / (q_sum[:, :, t, None] @ Z + 1e-6)
+        if q_den is not None:
+            Z = kept * Z + k_den[:, :, t, :, None]
+            y = y / (q_den[:, :, t, None] @ Z + 1e-6)
         ys.append(y)
     return torch.cat(ys, dim=2), S if Z is None else torch.cat([S, Z], dim=-1)
 
@@ -60,7 +60,7 @@ def operands(T, rule="plain", normaliser=None, K=64, V=64, B=2, H=3, dtype=torch
     if normaliser == "own":
         x["q"], x["k"] = F.elu(x["q"]) + 1, F.elu(x["k"]) + 1
     if normaliser == "other":
-        x["q_sum"], x["k_sum"] = torch.rand(B, H, T, K), torch.rand(B, H, T, K)
+        x["q_den"], x["k_den"] = torch.rand(B, H, T, K), torch.rand(B, H, T, K)
     x = {name: value.to(dtype) for name, value in x.items()}
     if "decay" in rule:
         x["log_decay"] = -0.2 * torch.rand(B, H, T)
@@ -73,7 +73,7 @@ def operands(T, rule="plain", normaliser=None, K=64, V=64, B=2, H=3, dtype=torch
 
 def call(form, x, normaliser=None, **options):
     """form is the kernels' or the recurrence."""
-    own = dict(q_sum=x["q"], k_sum=x["k"]) if normaliser == "own" else {}
+    own = dict(q_den=x["q"], k_den=x["k"]) if normaliser == "own" else {}
     if form == "kernels":
         form = linear_attention if normaliser is None else normalised_linear_attention
     return form(**x, **own, **options)
@@ -90,7 +90,7 @@ def compare(x, limit, normaliser=None, chunk_size=CHUNK):
     wanted += torch.autograd.grad(wanted, list(exact.values()), [weight.double() for weight in weights])
     for name, a, b in zip(["y", "state", *(f"gradient of {name}" for name in x)], got, wanted):
         error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
-        if name == "gradient of log_decay":                                           # a difference of two sums, each rounded
+        if name == "gradient of log_decay":  # a difference of two sums
             error /= 2
         assert error < limit, f"{name}: relative error {error:.1e}"                # NaN is not smaller either
 
