@@ -62,32 +62,13 @@ except ImportError:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plain linear attention, three times
-
-
-def decays(g):
-    """Decay factors between the L tokens of g (...,L): a whole text, or one chunk. With G_i = g_1 + ... + g_i:
-
-    decay (...,L,L)          decay[i, j] = exp(G_i - G_j): what is left at token i of what token j wrote; 0 for j > i
-    since_start (...,L,1)    exp(G_i): what is left at token i of the state before the first token
-    until_end (...,L,1)      decay[last, j]: what is left at the last token of what token j wrote
-    """
-    # Where exp(g) underflows, the state is reset. Such a g is left out of the sums: added in, it would swamp all later
-    # terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones are.
-    is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
-    # In float64: in fp32, large terms would cost small ones their digits.
-    G = float64(g.masked_fill(is_reset, 0)).cumsum(-1)
-    token = torch.arange(g.shape[-1], device=g.device)
-    last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
-    i = token[:, None]
-    j = token
-    masked = (j > i) | (j < last_reset[..., None])
-    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
-    log_decay = (G[..., :, None] - G[..., None, :]).to(g.dtype)
-    decay = log_decay.masked_fill(masked, -math.inf).exp()
-    since_start = G.to(g.dtype).exp().masked_fill(last_reset >= 0, 0)
-    until_end = decay[..., -1, :]
-    return decay, since_start[..., None], until_end[..., None]
+# Plain linear attention, three times. What the decays leave is, with G_i = g_1 + ... + g_i, in a text or in one chunk:
+#
+#     decay[i, j]       exp(G_i - G_j)    at token i of what token j wrote; 0 for j > i
+#     since_start[i]    exp(G_i)          at token i of the state before the first token
+#     until_end[j]      decay[last, j]    at the last token of what token j wrote
+#
+# Without decays they are 1, but for decay[i, j] = 0 for j > i. `decays`, below the forms, computes them.
 
 
 def quadratic(q, k, v, g, S):
@@ -132,6 +113,26 @@ def chunked(q, k, v, g, S, chunk_size):
     # 4. Each query also reads the state that its chunk started from.
     y = inside + (q * since_start) @ torch.stack(starts, dim=2).to(q.dtype)
     return y.flatten(2, 3), S
+
+
+def decays(g):
+    """The three factors above, of the L tokens of g (...,L): (...,L,L), (...,L,1), (...,L,1)."""
+    # Where exp(g) underflows, the state is reset. Such a g is left out of the sums: added in, it would swamp all later
+    # terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones are.
+    is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
+    # In float64: in fp32, large terms would cost small ones their digits.
+    G = float64(g.masked_fill(is_reset, 0)).cumsum(-1)
+    token = torch.arange(g.shape[-1], device=g.device)
+    last_reset = torch.where(is_reset, token, -1).cummax(-1).values   # (...,L), -1 before the first
+    i = token[:, None]
+    j = token
+    masked = (j > i) | (j < last_reset[..., None])
+    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
+    log_decay = (G[..., :, None] - G[..., None, :]).to(g.dtype)
+    decay = log_decay.masked_fill(masked, -math.inf).exp()
+    since_start = G.to(g.dtype).exp().masked_fill(last_reset >= 0, 0)
+    until_end = decay[..., -1, :]
+    return decay, since_start[..., None], until_end[..., None]
 
 
 def outer(k, v):
@@ -408,31 +409,26 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
     The denominator is what the same form returns when every value is 1. Without rope q_den is q, and k_den is k. With
     rope they are the features before it, so that the sum stays positive; the weights need not sum to 1 [7, Eq. 19].
 
-    Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and the
+    Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and Z, the
       column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
-    one_pair = q is q_den and k is k_den                              # FeatureMap.pairs returns the same ones twice
-    # In bf16 only as two passes: in one, the gradients of the two sums nearly cancel in q and k, after being rounded.
-    in_bf16 = form is linear_attention_chunked and speedups.multiplies_bf16(q) and not one_pair
-    # Widen first, or the forms would return the sums rounded to q.dtype.
+    # Sums are returned in the dtype of the arguments: fp32 ones, since the two are divided.
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    if not in_bf16:
-        q, k, v = (x.to(wide) for x in (q, k, v))
-    q_den, k_den = (x.to(wide) for x in (q_den, k_den))
-    ones = torch.ones_like(v[..., :1], dtype=wide)
     V = v.shape[-1]
-    if one_pair:                                                      # both sums in one pass
-        y, state = form(q, k, torch.cat([v, ones], dim=-1), log_decay, state=state, **options)
+    ones = torch.ones_like(v[..., :1], dtype=wide)
+    if q is q_den and k is k_den:                                     # both sums in one pass
+        v = torch.cat([v.to(wide), ones], dim=-1)
+        y, state = form(q.to(wide), k.to(wide), v, log_decay, state=state, **options)
         y, denominator = y.split([V, 1], dim=-1)
     else:
         S = Z = None
         if state is not None:
             S, Z = state.split([V, 1], dim=-1)
         y, S = form(q, k, v, log_decay, state=S, **options)
-        denominator, Z = form(q_den, k_den, ones, log_decay, state=Z, **options)
+        denominator, Z = form(q_den.to(wide), k_den.to(wide), ones, log_decay, state=Z, **options)
         state = torch.cat([S, Z], dim=-1)
     y = y / (denominator + 1e-6)                                      # relu can make all weights 0
     return y.to(dtype), state
@@ -671,7 +667,8 @@ def softmax_attention(q, k, v, causal=True, window=None):
 class SoftmaxAttention(nn.Module):
     """The baseline: attends to all tokens in O(T^2); its state, all keys and values, grows with the text.
 
-    With a window it attends to the last w tokens, in O(T w); its state is the last w - 1 keys and values.
+    With a window it attends to the last `window` tokens, in O(T window); its state is all but one of their keys and
+    values.
     Its state is (the last inputs of the convolution or None, (k, v)).
     """
 

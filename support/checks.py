@@ -71,7 +71,7 @@ def check_linear(config, feature_map):
                 "and pos=rope then leaves a numerator to divide by them: use pos=none, or feature_map=elu")
         require(not config.delta, "delta=True overwrites, so there is no sum to divide by: use normaliser=rms")
     if config.pos == "rope" and not feature_map.rotate_first:
-        width = feature_map.phi(torch.zeros(1, config.key_dim, device="meta")).shape[-1]
+        width = feature_map.phi(torch.zeros(1, config.key_dim)).shape[-1]
         require(width == config.key_dim, f"feature_map={name} makes {width} features of {config.key_dim}, and pos=rope "
                 "turns them in the width of a head: give it rotate_first=True, or use pos=none")
     require(feature_map.unit or not config.delta,
