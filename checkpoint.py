@@ -225,10 +225,7 @@ def make_config(settings):
     try:
         return ModelConfig(**settings)
     except ValueError as error:                                                   # a mixer that is not here
-        hint = "; if that is defined in a file of your own, pass it with --plugin=FILE"
-        if "--plugin" in str(error):
-            hint = ""
-        raise UserError(f"the model of this checkpoint cannot be made: {error}{hint}") from None
+        raise UserError(f"the model of this checkpoint cannot be made: {error}") from None
 
 
 def load_weights(model, checkpoint):

@@ -345,7 +345,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     assert entry["examples"] == ["train.jsonl:2: not JSON", "train.jsonl:3: no field text, only txt (see --text_field)",
                                  "train.jsonl:4: text is not a string"]
     assert texts_of(tmp_path / "data/d", "train") == ["good 1", "a\ufffdb\0"]
-    assert "4 unreadable records" in out and "train.jsonl:2: not JSON" in out and "val.jsonl.gz:3: not JSON" in out
+    assert "unreadable records skipped: 4" in out and "train.jsonl:2: not JSON" in out and "val.jsonl.gz:3: not JSON" in out
     error = refusal(tmp_path, "--dataset=strict", "--data_files=*.jsonl *.gz", "--max_bad=2")
     assert "train.jsonl:4: text is not a string" in error and not list((tmp_path / "data/strict").glob("train*"))
     (tmp_path / "train.jsonl").write_text('{"text": "good 1"}')
@@ -379,7 +379,7 @@ def test_hard_documents_come_out_as_they_went_in(tmp_path, request, tokenizer):
     out = run(tmp_path, "--dataset=hard", "--data_files=*.jsonl *.txt", f"--tokenizer={tokenizer}")
     read = sorted(texts_of(tmp_path / "data/hard", "train"))
     assert read == sorted(["b" * 1_500_000, *(clean(text)[0] for text in texts if text)])
-    assert "1 empty document" in out and "1 texts with invalid characters" in out
+    assert "empty documents skipped: 1" in out and "U+FFFD: 1" in out
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -638,7 +638,7 @@ def test_what_is_no_utf_16_within_it_is_repaired_and_counted(tmp_path, encoding,
         (tmp_path / name).write_bytes(broken)
         (tmp_path / "b.txt").write_text("more text " * 1000)
         out = run(tmp_path, "--dataset=d", f"--data_files={name},b.txt")
-        assert "1 texts with invalid characters" in out or f"{name}:2: not JSON" in out
+        assert "texts with invalid characters, now U+FFFD: 1" in out or f"{name}:2: not JSON" in out
         shutil.rmtree(tmp_path / "data")
 
 
@@ -664,7 +664,7 @@ def test_pretty_printed_json_is_not_advised_to_be_skipped(tmp_path):
 
 def test_a_few_invalid_bytes_in_a_long_text_are_repaired_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve words ".encode() * 1000 + b"\xe9\xff" + b" words" * 1000)
-    assert "1 texts with invalid characters" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
+    assert "texts with invalid characters, now U+FFFD: 1" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl"])

@@ -387,7 +387,7 @@ def test_a_model_with_parts_of_the_users_own_needs_its_plugin(write, refusal, mo
     monkeypatch.setattr(model, "MIXERS", dict(mixers))
     assert refusal("--prompt=abc").count("--plugin=FILE") == 1
     monkeypatch.setitem(model.FEATURE_MAPS, "mine", maps["elu"])
-    assert refusal("--prompt=abc").endswith("pass it with --plugin=FILE\n")
+    assert refusal("--prompt=abc").endswith("(one of your own needs --plugin=FILE)\n")
     monkeypatch.delitem(model.FEATURE_MAPS, "mine")
     assert write("--prompt=abc", "--plugin=mine.py").code == 0
     Path("broken.py").write_text("import model\nmodel.MIXER")

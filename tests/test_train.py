@@ -553,7 +553,7 @@ def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_
     assert run(*flags).code == 0
     model.MIXERS.pop("mean")
     sys.modules.pop("plugin_mine")
-    assert "pass it with --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
+    assert "needs --plugin=FILE" in refusal("--init_from=out", "--out_dir=new")     # config of the checkpoint: not read
     assert run(*flags, "--max_steps=6", "--resume=changed").code == 0
 
 
