@@ -96,7 +96,9 @@ def check_target(path, flag):
 class Busy(UserError):
     """Another process is running in a folder. support/side_by_side.py asks for an exit code of its own for that."""
 
-    code = int(os.environ.get("LAT_BUSY_CODE", UserError.code))
+    @property
+    def code(self):
+        return int(os.environ.get("LAT_BUSY_CODE", UserError.code))
 
 
 @contextlib.contextmanager

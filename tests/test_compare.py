@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import forked
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError, command
 from experiments import compare
@@ -43,6 +44,7 @@ def run(*argv):
     """`python -m experiments.compare` in this process: the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *argv])
+        patch.setattr(compare, "subprocess", forked)
         patch.chdir(ROOT)
         patch.setenv("OMP_NUM_THREADS", "1")
         try:

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 import checkpoint
 import configurator
 import eval
+import forked
 import model
 import prepare
 import sample
@@ -216,6 +217,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)                   # as where it is missing
     monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(tmp_path / "python"))
+    monkeypatch.setattr(compare, "subprocess", forked)
     monkeypatch.setattr(bench, "machine_peaks", lambda device, dtype: (1e12, 1e10))
     monkeypatch.setattr(model, "FEATURE_MAPS", dict(model.FEATURE_MAPS))
     monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
