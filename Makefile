@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(PY) sample.py --out_dir=out/tiny --prompt='def '
 
 test: .venv/ready .venv/trackers .venv/notebook
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 3
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 3 --dist worksteal
 
 gpu-check: .venv/ready
 	$(PY) -m experiments.gpu_check

@@ -13,6 +13,7 @@ def test_labels_say_whether_the_ones_so_far_are_odd():
         assert labels == [sum(row[1:i + 1]) % 2 for i in range(10)]
 
 
+@pytest.mark.slow
 def test_beta_to_2_learns_parity_in_few_steps_and_beta_to_1_does_not(monkeypatch, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -286,6 +286,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path):
     assert 1 <= len(splits[0][1]) <= 40
 
 
+@pytest.mark.long  # it is a measurement, which other programs on the machine can spoil
 def test_reading_and_writing_take_a_tenth_of_the_tokenizers_time(tmp_path, gpt2, monkeypatch):
     """A core's whole work on a .json.gz against tiktoken alone on the same texts in memory. Measured: 0.93 to 1.00 of its
     throughput (its lists of ints, made arrays, cost what reading costs us), by CPU time, which a busy machine spares."""
@@ -321,6 +322,7 @@ def test_the_tail_of_a_single_text_is_validation(tmp_path):
     assert train + val == text and 0.09 < len(val) / len(text) < 0.11
 
 
+@pytest.mark.slow
 def test_stdlib_is_the_same_twice_and_is_source_without_tests(tmp_path):
     for name, seed in (("one", "1"), ("two", "2")):
         run(tmp_path, "--dataset=stdlib", f"--data_dir={name}", env={**os.environ, "PYTHONHASHSEED": seed})
@@ -777,6 +779,7 @@ def write_local_hub(folder, files=3, documents=40):
     return ["--dataset=d", "--hub=ds", "--text_field=story"]
 
 
+@pytest.mark.slow
 def test_a_dataset_that_datasets_reads_gives_one_bin_per_shard_and_keeps_its_revision(tmp_path):
     flags = write_local_hub(tmp_path)
     run(tmp_path, *flags, env=OFFLINE)
@@ -796,6 +799,7 @@ def test_a_dataset_that_datasets_reads_gives_one_bin_per_shard_and_keeps_its_rev
     assert "was made with revision" in refusal(tmp_path, *flags, env=OFFLINE)
 
 
+@pytest.mark.slow
 def test_max_documents_takes_the_first_of_each_split_and_a_kill_changes_nothing(tmp_path):
     flags = [*write_local_hub(tmp_path), "--max_documents=70"]
     run(tmp_path, *flags, env=OFFLINE)
@@ -939,6 +943,7 @@ def workers_of(process):
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_restarted_it_ends_with_the_same_bytes(tmp_path):
     flag, killed = write_c4(tmp_path, shards=6, documents=3000), tmp_path / "killed/c4"
     begin = time.monotonic()
@@ -1170,6 +1175,7 @@ def hub(tmp_path, monkeypatch):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_machines_share_the_shards_of_c4_and_verify_joins_them(tmp_path, hub):
     run(tmp_path, "--shards=0:2", "--data_dir=one", env=hub)
     run(tmp_path, "--shards=2:4", "--data_dir=two", env=hub)
@@ -1184,6 +1190,7 @@ def test_machines_share_the_shards_of_c4_and_verify_joins_them(tmp_path, hub):
     assert "1 train shards are missing between the first and the last, as 00001" in run(tmp_path, "--verify", "--data_dir=one")
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_of_another_machine_costs_nothing_else_and_its_remedy_is_named(tmp_path, hub):
     folder = tmp_path / "data/c4"
     run(tmp_path, "--shards=4", env=hub)
@@ -1199,6 +1206,7 @@ def test_a_damaged_shard_of_another_machine_costs_nothing_else_and_its_remedy_is
         assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_finished_c4_needs_no_network_and_takes_more_shards(tmp_path, hub):
     run(tmp_path, env=hub)
     run(tmp_path, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})

@@ -175,6 +175,7 @@ def running(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_a_killed_program_leaves_no_worker_running(tmp_path):
     program = subprocess.Popen([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", "--only=elu d32,window16",
@@ -232,6 +233,7 @@ def test_labels_in_the_picture_cover_no_other_and_ticks_can_be_read():
     pyplot.close(figure)
 
 
+@pytest.mark.slow
 def test_the_program_ends_with_a_table_in_a_given_time_and_refuses_bad_flags_in_one_line(tmp_path):
     def run(*flags):
         return subprocess.run([sys.executable, "-m", "experiments.recall", f"--out_dir={tmp_path}", *flags], cwd=ROOT, text=True,

@@ -448,6 +448,7 @@ def test_learned_positions_allow_exactly_their_number_of_tokens(write, tmp_path)
     assert write("--prompt=abc", "--max_new_tokens=13", "--stop=false").code == 0
 
 
+@pytest.mark.slow
 def test_the_whole_path_works_with_the_dataset_gone_and_its_reader_gone(tmp_path):
     """prepare, train, then sample | head: text that was learned, and no complaint about the closed pipe."""
     def python(program, *flags):

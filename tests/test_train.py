@@ -635,6 +635,7 @@ def test_an_out_dir_below_a_file_is_named(refusal, tmp_path):
     assert f"cannot write to {tmp_path}/file/out" in refusal(f"--out_dir={tmp_path}/file/out")
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_out_dir_are_refused_and_an_evaluation_beside_one_is_not(run, data, tmp_path, monkeypatch):
     def beside(*flags):
         command = [sys.executable, PROGRAM, *MODEL, *RUN, f"--data_dir={data}", "--out_dir=out", *flags]
@@ -936,6 +937,7 @@ def test_bits_per_byte_and_a_fixed_evaluation_set(tmp_path):
     assert evaluate() == pytest.approx({"val_loss": math.log(257), "ppl": 257, "bits_per_byte": math.log2(257) / 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["pipe", "terminal", "terminal of 0 columns"])
 def test_progress_is_lines_in_a_pipe_and_a_bar_on_a_terminal(data, tmp_path, program):
     flags = [*MODEL, *RUN, f"--data_dir={data}", "--out_dir=out"]
