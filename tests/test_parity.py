@@ -1,6 +1,7 @@
 """experiments/parity.py: the labels are parities, and beta to 2 learns what beta to 1 does not."""
 import sys
 
+import pytest
 import torch
 
 from experiments import parity

@@ -43,13 +43,13 @@ def test_every_question_is_a_key_of_the_sequence_and_its_answer_the_value_beside
 
 
 def test_first_gaps_follow_the_published_power_law():
-    _, where, _ = data(Part(64, 4, 40_000))
+    _, where, _ = data(Part(64, 4, 10_000))
     space = 64 // 2 - 4
     counts = Counter(((where[:, 0] - 8) // 2).tolist())                               # the first draw: no replacement yet
     p = torch.arange(1, space + 1).double() ** (0.01 - 1)
     expected = p / p.sum()
-    found = torch.tensor([counts[gap] / 40_000 for gap in range(space)], dtype=torch.float64)
-    assert (found - expected).abs().max() < 5 * (expected.max() / 40_000).sqrt()
+    found = torch.tensor([counts[gap] / 10_000 for gap in range(space)], dtype=torch.float64)
+    assert (found - expected).abs().max() < 5 * (expected.max() / 10_000).sqrt()
 
 
 def test_keys_values_and_filling_cover_their_ranges_and_the_seed_decides():
