@@ -10,8 +10,8 @@ query can be taken out of the sum. For the numerator (the denominator is the sam
     y_t = sum_{j<=t} (q_t . k_j) v_j = S_t^T q_t      with      S_t = sum_{j<=t} k_j v_j^T = S_{t-1} + k_t v_t^T
 
 S is one matrix per head, however long the text: generating a million tokens takes no more memory than generating one.
-The softmax's 1 / sqrt(d), left out above, is part of phi or needless: a constant factor of q . k cancels in the
-division. A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at token t, what token j wrote has the weight
+The softmax's 1 / sqrt(d), left out above, is up to phi: a constant factor of phi(q) . phi(k) cancels in the division.
+A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at token t, what token j wrote has the weight
 exp(g_{j+1} + ... + g_t).
 
 Three forms give the same numbers:
@@ -26,7 +26,7 @@ The letters, and what the papers call them:
     K, V        width per head of q and k, and of v     D       width of the model
     q, k, v     phi(Q_i), phi(K_i), V_i in [1, Eq. 4]
     S           the state (B,H,K,V); S_i in [1, Eq. 18], transposed in [5, 6]
-    g, G        log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]; its sum from the start on
+    g, G        log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]; its running sum
     b           write strength of the delta rule (B,H,T), beta_t in [4, 5, 6]
     u           what the delta rule writes in place of v [5, Eq. 5]
 
@@ -62,13 +62,13 @@ except ImportError:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plain linear attention, three times. What the decays leave is, with G_i = g_1 + ... + g_i, in a text or in one chunk:
+# Plain linear attention, three times. What is left after decay, with G_i = g_1 + ... + g_i over the text or the chunk:
 #
-#     decay[i, j]       exp(G_i - G_j)    at token i of what token j wrote; 0 for j > i
-#     since_start[i]    exp(G_i)          at token i of the state before the first token
-#     until_end[j]      decay[last, j]    at the last token of what token j wrote
+#     decay[i, j]       exp(G_i - G_j)    of the write of token j, at token i >= j; 0 for j > i
+#     since_start[i]    exp(G_i)          of the state before the first token, at token i
+#     until_end[j]      decay[last, j]    of the write of token j, at the last token
 #
-# Without decays they are 1, but for decay[i, j] = 0 for j > i. `decays`, below the forms, computes them.
+# Without decay all of these are 1, except that decay[i, j] = 0 for j > i. `decays`, below the forms, computes them.
 
 
 def quadratic(q, k, v, g, S):
@@ -97,7 +97,7 @@ def chunked(q, k, v, g, S, chunk_size):
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of the state before each chunk
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1): of the state, at the chunk's end
     decay, since_start, until_end = (x.to(q.dtype) for x in (decay, since_start, until_end))
 
     # 2. In each chunk: what its queries read from its own tokens, and what it adds to the state.
@@ -151,7 +151,7 @@ def float64(x):
 
 
 def unbind(*xs):
-    """Slices of each of xs along time or chunks, dim 2. (The gradient of each x[:, :, n] would be as large as x.)"""
+    """Slices of each of xs along time or chunks, dim 2. (Each x[:, :, n] would have a gradient as large as x.)"""
     return (x.unbind(2) for x in xs)
 
 
@@ -305,7 +305,7 @@ def pad_time(x, count):
 
 
 def rope_table(positions, width):
-    """cos and sin (T,width/2), rounded up, of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
+    """cos and sin, each (T,ceil(width/2)), of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
     even = float64(torch.arange(0, width, 2, device=positions.device))    # 2i
     frequency = 10000.0 ** (-even / width)
     angle = float64(positions)[:, None] * frequency                   # in fp32, 0.06 rad off at 10^6
@@ -336,14 +336,14 @@ class FeatureMap:
 
     phi: Callable                # (...,d) -> (...,K)
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
-    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for all k, and after rotation not 0: refused with rope
+    can_vanish: bool = False     # phi(q) . phi(k) can be 0 for every k: refused with rope, which would divide by 0
     unit: bool = False           # |phi(k)| = 1, which keeps the delta rule bounded
     rotate_first: bool = False   # rope turns q and k before phi, as in a softmax; needed where K != d
 
     def pairs(self, q, k, rope):
         """phi and rope of q, k (B,H,T,d): q, k for the numerator and q_den, k_den for the denominator.
 
-        Rope turns features as it turns the q and k of a softmax: the product of two then depends on t - j, and S simply
+        Rope turns features as it turns the q and k of a softmax: their product depends on t - j alone, and S simply
         stores rotated keys. Only the numerator is turned, since turned features can have negative products. With
         rotate_first phi comes last, so that a positive phi stays positive, and both pairs are the same tensors.
         """
@@ -406,15 +406,15 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
 
         y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
 
-    The denominator is what the same form returns when every value is 1. Without rope q_den is q, and k_den is k. With
-    rope they are the features before it, so that the sum stays positive; the weights need not sum to 1 [7, Eq. 19].
+    The denominator is what the same form returns when every value is 1. Where rope turns features, q_den and k_den are
+    those before it, so that the sum stays positive; the weights then need not sum to 1 [7, Eq. 19]. Else they are q, k.
 
     Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and Z, the
       column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
-    # Sums are returned in the dtype of the arguments: fp32 ones, since the two are divided.
+    # A form returns its dtype of q, so the denominator, which must not be rounded, is computed from fp32 arguments.
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     V = v.shape[-1]
@@ -602,7 +602,7 @@ class ExtendedLinearAttention(LinearAttention):
             qkv, conv_state = self.conv(qkv, conv_state)
         q, k, v = split_heads(qkv, config.n_heads, self.widths)
         if config.short_conv:
-            v = F.silu(v)                                             # q and k have phi
+            v = F.silu(v)                                             # q and k get their nonlinearity from phi
         rope = ropes.get(q.shape[-1])
         y, S = speedups.checkpointed(self.attend, q, k, v, S, rope, self.log_decay(x), self.strength(x))
         if config.normaliser == "rms":
@@ -632,7 +632,7 @@ class ExtendedLinearAttention(LinearAttention):
         return None
 
     def strength(self, x):
-        """The delta rule's beta: (B,T,D) -> (B,H,T), or None. Above 1 it can flip signs: parity [9]."""
+        """The delta rule's beta: (B,T,D) -> (B,H,T), or None. Above 1, writes can flip signs, as parity needs [9]."""
         if not self.config.delta:
             return None
         return self.config.beta_max * self.beta(x).sigmoid().transpose(1, 2)
@@ -667,8 +667,7 @@ def softmax_attention(q, k, v, causal=True, window=None):
 class SoftmaxAttention(nn.Module):
     """The baseline: attends to all tokens in O(T^2); its state, all keys and values, grows with the text.
 
-    With a window it attends to the last `window` tokens, in O(T window); its state is all but one of their keys and
-    values.
+    With a window it attends to the last w tokens, in O(T w); its state is their keys and values, the last w - 1.
     Its state is (the last inputs of the convolution or None, (k, v)).
     """
 
@@ -701,7 +700,7 @@ class SoftmaxAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """Based's gated short convolution [2], (conv(x) + b) (x W + c) + x, over 3 tokens. Its state is the last 2."""
+    """Based's gated short convolution [2], (conv(x) + b) * (x W + c) + x, over 3 tokens. Its state is the last 2."""
 
     def __init__(self, config):
         super().__init__()
@@ -717,8 +716,8 @@ class GatedConv(nn.Module):
 # A mixer is built as mixer(config) and called as mixer(x, state, ropes) -> (y, new state).
 #   x, y: (B,T,D), any T >= 1. Any split of a text over calls must give what one call gives.
 #   state: None at the start of a text, else what the last call returned: tensors on x.device with first dimension B, or
-#     nested tuples, lists and dicts of them and None. Avoid Python numbers: on a GPU decoding is recorded as a CUDA
-#     graph once shapes stay the same, and a graph would freeze them. A state with numbers works, but is not recorded.
+#     nested tuples, lists and dicts of them and None. On a GPU, decoding is recorded as a CUDA graph once the shapes
+#     stay the same. A state with Python numbers, which a graph would freeze, works as well, but is not recorded.
 #   out: the name of its last projection, if it has one, which then starts with smaller weights, as in GPT-2.
 #   ropes: {head width: rope_table}, empty unless pos=rope.
 # Add yours here, or in a file of your own that train.py, sample.py and eval.py import by --plugin=FILE:
@@ -911,7 +910,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p, order = logits.softmax(-1).sort(descending=True)
         likelier = p.cumsum(-1) - p                                   # the probability of all likelier tokens
         dropped = (likelier >= top_p) & (likelier > 0)                # the likeliest always stays
-        logits = logits.scatter(1, order, logits.gather(1, order).masked_fill(dropped, -math.inf))
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
     # As torch.multinomial draws one token, but without its checks, which wait for the GPU: with noise ~ Exp(1), the
     # largest p / noise is that of each token with its probability p.
     p = logits.softmax(-1)
@@ -921,4 +920,4 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def state_bytes(state):
     """Bytes of all tensors of a state."""
-    return sum(x.numel() * x.element_size() for x in tree_leaves(state) if torch.is_tensor(x))
+    return sum(x.nbytes for x in tree_leaves(state) if torch.is_tensor(x))
