@@ -136,10 +136,10 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"no checkpoint {path}: train first, or name its folder with --out_dir") from None
     except OSError as error:                                                      # no permission, a folder, a bad disk
         reason = error.strerror or error
-        raise UserError(f"cannot read {path} ({reason}): fix that, or name another --out_dir") from None
+        raise UserError(f"cannot read {path} ({reason}): fix that, or use another checkpoint") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): use an older one, or delete it") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): use another one, or move it away") from None
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     if unknown:
@@ -157,13 +157,38 @@ def check_contents(checkpoint):
         require(kind is not int or 0 <= value < 2**53, f"its {key} is {value}")
     weights, settings = checkpoint["model"], checkpoint["model_config"]
     for name, weight in weights.items():
-        dense = torch.is_tensor(weight) and weight.is_floating_point() and weight.layout == torch.strided
-        require(type(name) is str and dense, f"its model has {show(name)}, which is no weight")
+        require(type(name) is str and holds_numbers(weight), f"its model has {show(name)}, which is no weight")
     for key in settings.keys() & SETTINGS.keys():
         fit(settings[key], SETTINGS[key])
+    check_sizes(weights, settings)
     require(settings.get("depth", 1) <= len(weights), f"its model has {len(weights)} weights for all its blocks")
     for key in ("tokenizer", "tokenizer_hash"):
         require(type(checkpoint["data"].get(key)) is str, f"its {key} is {show(checkpoint['data'].get(key))}")
+
+
+def check_sizes(weights, settings):
+    """ValueError where the embeddings are not those of the settings, a model of which might take all memory."""
+    config = {key: settings.get(key, getattr(ModelConfig, key)) for key in ("vocab_size", "dim", "seq_len", "pos")}
+    rows = {"embed.weight": config["vocab_size"]}
+    if config["pos"] == "learned":
+        rows["embed_pos.weight"] = config["seq_len"]
+    for name, least in rows.items():
+        shape = weights[name].shape if name in weights else ()
+        require(len(shape) == 2 and shape[0] >= least and shape[1] == config["dim"],
+                f"its {name} has the shape {tuple(shape)}, not {(least, config['dim'])}")
+
+
+def holds_numbers(x):
+    """Whether x is a tensor of floating-point numbers, all of them there."""
+    return torch.is_tensor(x) and x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+
+
+def is_random_state(x):
+    try:
+        torch.Generator().set_state(x)
+        return True
+    except (RuntimeError, TypeError):
+        return False
 
 
 def check_training(checkpoint):
@@ -173,10 +198,9 @@ def check_training(checkpoint):
     config, optimizer, random = checkpoint["config"], checkpoint["optimizer"], checkpoint["rng"].get("cpu")
     require(config.get("precision") in ("auto", "fp32", "bf16"), "its precision is none")
     require(type(config.get("batch_size")) is int and config["batch_size"] > 0, "its batch_size is none")
-    require(torch.is_tensor(random) and random.dtype == torch.uint8 and random.shape == torch.get_rng_state().shape,
-            "its random numbers are none")
+    require(is_random_state(random), "its random numbers are none")
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
-    moments = type(state) is dict and all(type(value) is dict and all(map(torch.is_tensor, value.values()))
+    moments = type(state) is dict and all(type(value) is dict and all(map(holds_numbers, value.values()))
                                           for value in state.values())
     require(moments and type(groups) is list and groups and type(groups[0].get("lr")) in (int, float),
             "its optimizer is none")
@@ -228,7 +252,7 @@ def make_config(settings):
         raise UserError(f"the model of this checkpoint cannot be made: {error}") from None
 
 
-def load_weights(model, checkpoint):
+def load_weights(model, checkpoint, source):
     weights = checkpoint["model"]
     if any(name.endswith(".mixer.both.weight") for name in weights):
         raise UserError("the checkpoint has `conv` layers of an earlier version, which model.py no longer has (they "
@@ -240,8 +264,11 @@ def load_weights(model, checkpoint):
             weights[name][0] = 1
     check_shared(model, weights, "the checkpoint")
     if unfit := misfits(model.state_dict(), weights):
-        raise UserError(f"the checkpoint holds a model of another shape: {first_of(unfit)} would not fit. Use its "
-                        "settings, or --init_from=CHECKPOINT and another --out_dir to start from what fits")
+        way = ""
+        if all(".mixer." in name for name in unfit):                              # start_from can leave these out
+            way = f", or --init_from={shell(str(source))} and another --out_dir to start from what fits"
+        raise UserError(f"{source} holds a model of another shape: {first_of(unfit)} would not fit. Use its "
+                        f"settings{way}")
     model.load_state_dict(weights)
 
 
@@ -272,7 +299,7 @@ def check_shared(model, weights, source):
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
     model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, "the checkpoint")
     model.generate_model_card = functools.partial(model_card, model, checkpoint)  # save_pretrained and push_to_hub ask
     return model
 
@@ -508,14 +535,15 @@ def is_finished(config, step):
     return step >= config.max_steps and any(r["step"] == step and "val_loss" in r for r in records)
 
 
-def check_meaning(path, checkpoint, model_config):
-    """UserError where settings changed that leave the weights their shapes and not their meaning."""
+def check_meaning(path, checkpoint, model):
+    """UserError where settings changed that give the weights another meaning."""
     before = settings_of(checkpoint)
-    changed = [f"{key} was {before[key]}, now {value}" for key, value in dataclasses.asdict(model_config).items()
+    changed = [f"{key} was {before[key]}, now {value}" for key, value in dataclasses.asdict(model.config).items()
                if value != before[key] and key not in SAME_MEANING]
     if changed:
-        raise UserError(f"the weights in {path} would mean something else: {'; '.join(changed)}. Leave that out, or "
-                        "use --resume=changed_model to do so on purpose")
+        fits = not misfits(model.state_dict(), checkpoint["model"])
+        way = ", or use --resume=changed_model to do so on purpose" * fits
+        raise UserError(f"the weights in {path} would mean something else: {'; '.join(changed)}. Leave that out{way}")
 
 
 def loss_of_best(path, config, model_config, data):
@@ -581,12 +609,12 @@ def restore_run(run, checkpoint):
     config = checkpoint["config"]
     names = position_names(checkpoint)
     if run.config.resume == "changed":
-        check_meaning(run.latest, checkpoint, run.model_config)
-    load_weights(run.model, checkpoint)
+        check_meaning(run.latest, checkpoint, run.model)
+    load_weights(run.model, checkpoint, run.latest)
     if config.get("optimizer", "adamw") != run.config.optimizer:                  # resume=changed
         raise UserError(f"{run.latest} was trained with another optimizer: use --init_from={run.latest} and another "
                         "--out_dir to start from its weights")
-    new = load_named_state(run.optimizer, checkpoint["optimizer"], names)
+    new = load_named_state(run.optimizer, checkpoint["optimizer"], names, checkpoint["step"])
     if new:
         say(f"the optimizer state is reset for {', '.join(new)}")
     run.step = checkpoint["step"]

@@ -493,7 +493,16 @@ def printable(text):
 
 def shell(*words):
     """The words of a command as a shell takes them; what a terminal cannot show as $'\\x1b'."""
-    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{in_ascii(word)}'" for word in words)
+    return " ".join(shlex.quote(word) if is_shown(word) else f"$'{in_ascii(word)}'" for word in words)
+
+
+def is_shown(word):
+    """Whether stdout and stderr can show the word as it is."""
+    encodings = {getattr(stream, "encoding", None) or "utf-8" for stream in (sys.stdout, sys.stderr)}
+    try:
+        return word.isprintable() and all(word.encode(encoding) for encoding in encodings)
+    except UnicodeEncodeError:
+        return False
 
 
 def in_ascii(word):

@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import hashlib
 import itertools
+import math
 import signal
 import sys
 import time
@@ -184,7 +185,7 @@ def check_positions(state, config, max_new_tokens):
 def positions_left(state, config):
     """How many more tokens the model can read; without learned positions there is no limit."""
     read = int(state.model["tokens"]) if state.model else 0
-    return config.seq_len - read if config.pos == "learned" else sys.maxsize
+    return config.seq_len - read if config.pos == "learned" else math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------------------

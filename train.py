@@ -98,6 +98,7 @@ class TrainConfig:
             require(value <= 1e38, f"{key} must be in the range of fp32, to 1e38, got {value}")
         require(self.decay_frac <= 1, f"decay_frac must be in 0..1, got {self.decay_frac}")
         require(max(self.beta1, self.beta2) < 1, f"beta1 and beta2 must be below 1, got {self.beta1} and {self.beta2}")
+        require(self.out_dir, "out_dir must name a folder (. is the one you are in), got none")
         require(self.dataset, "dataset must be the name of a folder in data_dir, got none")
         require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         require(self.batch_size < 2**31, f"batch_size must be below 2**31, got {self.batch_size}")

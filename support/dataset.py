@@ -359,7 +359,7 @@ class NoDocuments(UserError):
 
 def check_not_empty(folder, manifest):
     entries = manifest["files"].values()
-    for split, fix in (("train", "look into its source files"), ("val", "raise --val_fraction")):
+    for split, fix in (("train", "look into its source files"), ("val", "raise --val_fraction, or give more text")):
         if not any(entry["documents"] for entry in entries if entry["split"] == split):
             skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
             raise NoDocuments(f"{folder} has no {split} documents: {fix}" + f" (skipped: {skipped})" * bool(skipped))

@@ -162,12 +162,12 @@ def named_state(optimizer):
     return {"state": {names[i]: saved["state"][i] for i in sorted(saved["state"])}, "param_groups": groups}
 
 
-def load_named_state(optimizer, saved, names):
+def load_named_state(optimizer, saved, names, step=0):
     """Moments from a checkpoint, each to the parameter of its name; settings (weight decay, betas) from this run.
 
     Args: saved, what named_state returned, or a state_dict by position, as older checkpoints have it; names, those of
-      the positions.
-    Returns: the names of parameters that start without moments: the checkpoint has none that fit.
+      the positions; step, that of the checkpoint.
+    Returns: the names of parameters that start without moments after step 0: the checkpoint has none that fit.
     """
     saved_state = {names[key] if isinstance(key, int) else key: state for key, state in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
@@ -181,7 +181,7 @@ def load_named_state(optimizer, saved, names):
             theirs = saved_state.get(name, {})
             if theirs.keys() == moments | {"step"} and all(theirs[key].shape == p.shape for key in moments):
                 state[i] = theirs
-            elif saved_state:
+            elif saved_state or step:
                 new.append(name)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return new

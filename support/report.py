@@ -5,6 +5,7 @@ import html
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -309,6 +310,7 @@ def picture(path, draw, told="wrote", **panels):
     try:
         os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
         import matplotlib
+        logging.getLogger("matplotlib").setLevel(logging.CRITICAL)                # of a cache folder, say: no matter
         matplotlib.use("agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(**panels)

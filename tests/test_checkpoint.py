@@ -66,8 +66,55 @@ def test_a_whole_file_that_says_what_train_never_writes_is_refused_in_one_line(r
     for key, value in changes:
         torch.save(content | {key: value}, "out/ckpt.pt")
         assert words in refusal("--max_steps=2", "--resume=changed"), (key, value)
-    torch.save(content | {"model_config": content["model_config"] | {"dim": -1}}, "out/ckpt.pt")
-    assert "cannot be made: dim must be at least 1" in refusal("--max_steps=2", "--resume=changed")
+    torch.save(content | {"model_config": content["model_config"] | {"n_heads": -1}}, "out/ckpt.pt")
+    assert "cannot be made: n_heads must be at least 1" in refusal("--max_steps=2", "--resume=changed")
+
+
+def test_tensors_without_numbers_are_no_checkpoint(run, refusal):
+    run("--max_steps=1")
+    content = load_checkpoint(Path("out/ckpt.pt"))
+    moments = content["optimizer"]["state"]
+    for change in (lambda x: x.to_sparse(), lambda x: x.to("meta"), torch.Tensor.int, lambda x: x + 1j):
+        state = {name: {key: change(x) for key, x in values.items()} for name, values in moments.items()}
+        torch.save(content | {"optimizer": content["optimizer"] | {"state": state}}, "out/ckpt.pt")
+        assert "to resume (its optimizer is none)" in refusal("--max_steps=2", "--resume=changed")
+        torch.save(content | {"model": {name: change(x) for name, x in content["model"].items()}}, "out/ckpt.pt")
+        assert "which is no weight)" in refusal("--max_steps=2", "--resume=changed")
+    torch.save(content | {"rng": {"cpu": torch.zeros_like(content["rng"]["cpu"])}}, "out/ckpt.pt")
+    assert "to resume (its random numbers are none)" in refusal("--max_steps=2", "--resume=changed")
+
+
+@pytest.mark.parametrize("setting", ["dim", "vocab_size", "seq_len"])
+def test_settings_far_larger_than_the_weights_are_damage_and_take_no_memory(run, refusal, setting):
+    run("--max_steps=1", "--pos=learned")
+    content = load_checkpoint(Path("out/ckpt.pt"))
+    torch.save(content | {"model_config": content["model_config"] | {setting: 10**12}}, "out/ckpt.pt")
+    assert "is damaged or not a checkpoint (its embed" in refusal("--eval_only")
+
+
+def test_moments_that_a_checkpoint_lacks_are_said_to_start_anew(run):
+    run("--max_steps=1")
+    content = load_checkpoint(Path("out/ckpt.pt"))
+    torch.save(content | {"optimizer": content["optimizer"] | {"state": {}}}, "out/ckpt.pt")
+    result = run("--max_steps=2", "--resume=changed")
+    assert result.code == 0 and "the optimizer state is reset for embed.weight, " in result.err
+
+
+def test_a_file_of_the_users_own_is_not_advised_to_be_deleted(refusal, tmp_path):
+    (tmp_path / "text.txt").write_text("mine")
+    said = refusal(f"--init_from={tmp_path}/text.txt", "--out_dir=new")
+    assert "text.txt is damaged or not a checkpoint (" in said and "delete" not in said
+
+
+def test_only_what_would_work_is_advised_where_shapes_differ(run, refusal):
+    run("--max_steps=1", "--pos=learned")
+    for flag in ("--pos=rope", "--seq_len=8", "--dim=32"):
+        said = refusal(flag, "--max_steps=2", "--resume=changed")
+        assert "changed_model" not in said and "init_from" not in said
+        assert "init_from" not in refusal(flag, "--max_steps=2", "--resume=changed_model")
+    flags = "--pos=learned", "--mixers=conv", "--max_steps=2"
+    assert "--init_from=out/ckpt.pt and another" in refusal(*flags, "--resume=changed_model")
+    assert run(*flags, "--init_from=out/ckpt.pt", "--out_dir=new", "--resume=false").code == 0
 
 
 def old_and_new(**options):
@@ -81,7 +128,7 @@ def test_weights_from_before_windows_had_convolutions_give_the_same_logits():
     weights, lm, idx = old_and_new(mixers="window")
     lm_with_convolutions = LM(ModelConfig(**vars(lm.config) | {"short_conv": True}))
     lm.load_state_dict(weights)
-    checkpoint.load_weights(lm_with_convolutions, {"model": dict(weights)})
+    checkpoint.load_weights(lm_with_convolutions, {"model": dict(weights)}, "a.pt")
     assert torch.equal(lm_with_convolutions(idx)[0], lm(idx)[0])
 
 
@@ -89,7 +136,7 @@ def test_weights_of_the_gated_convolution_of_before_are_refused_by_name():
     weights, lm, _ = old_and_new(mixers="conv")
     old = {name.replace("gate.weight", "both.weight"): weight for name, weight in weights.items()}
     with pytest.raises(UserError, match="`conv` layers of an earlier version"):
-        checkpoint.load_weights(lm, {"model": old})
+        checkpoint.load_weights(lm, {"model": old}, "a.pt")
 
 
 def test_a_forbidden_pickle_is_refused_in_our_words(refusal, tmp_path):

@@ -1,5 +1,6 @@
 """Claims about configurator.py: what is accepted, and that every mistake is one plain sentence, never a traceback."""
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -393,6 +394,12 @@ def test_a_command_that_is_shown_is_one_word_for_each_to_a_shell():
     assert shown.isprintable() and shown.startswith("plain 'two words' ")
     echoed = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, check=True).stdout
     assert [os.fsdecode(word) for word in echoed.split(b"\0")[:-1]] == words
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "$'na\\xc3\\xafve'"), ("cp1252", "naïve"), ("utf-8", "naïve")])
+def test_a_command_that_is_shown_can_be_pasted_back_whatever_the_terminal_can_show(monkeypatch, encoding, shown):
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert configurator.shell("naïve") == shown
 
 
 def test_help_shows_examples_usage_and_every_key_with_default_and_meaning(program):

@@ -360,6 +360,11 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
         assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
 
 
+def test_an_empty_out_dir_is_refused(refusal):
+    """As --out_dir=$OUT gives it where OUT is not set: the run would lie in the folder one stands in."""
+    assert "out_dir must name a folder (. is the one you are in), got none" in refusal("--out_dir=")
+
+
 def test_shards_with_muon_say_what_does_not_go_together(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 2)
     with pytest.raises(ValueError, match="shard does not work with optimizer=muon, which needs whole matrices"):
