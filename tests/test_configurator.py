@@ -396,7 +396,7 @@ def test_a_command_that_is_shown_is_one_word_for_each_to_a_shell():
     assert [os.fsdecode(word) for word in echoed.split(b"\0")[:-1]] == words
 
 
-@pytest.mark.parametrize("encoding, shown", [("ascii", "$'na\\xc3\\xafve'"), ("cp1252", "naïve"), ("utf-8", "naïve")])
+@pytest.mark.parametrize("encoding, shown", [("ascii", "$'na\\xc3\\xafve'"), ("cp1252", "'naïve'"), ("utf-8", "'naïve'")])
 def test_a_command_that_is_shown_can_be_pasted_back_whatever_the_terminal_can_show(monkeypatch, encoding, shown):
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert configurator.shell("naïve") == shown
