@@ -543,9 +543,11 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_so_many_trainings_run_at_once_as_there_are_jobs(jobs, fake, tmp_path):
-    (tuning, chosen), complete = fake("""
+    (tuning, chosen), complete = fake(f"jobs = {jobs}" + """
+(out / "started").touch()
 (out / "running").touch()
-time.sleep(0.4)
+while len(list(out.parent.glob("*/started"))) < jobs:                                # the first so many wait for each other
+    time.sleep(0.05)
 (out / "peak").write_text(str(len(list(out.parent.glob("*/running")))))
 (out / "running").unlink()
 write()

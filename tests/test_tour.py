@@ -44,8 +44,8 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, monkeypatch):
     tour = nbformat.from_dict(TOUR)
     for cell in tour.cells:
         source = re.sub(r"^STEPS = \d+$", "STEPS = 3", "".join(cell.source), flags=re.MULTILINE)
-        cell.source = re.sub(r"^lengths = .*$", "lengths = [64, 128]", source, flags=re.MULTILINE)
-    for short in ("STEPS = 3\n", "lengths = [64, 128]\n"):
+        cell.source = re.sub(r"^lengths = .*$", "lengths = [64, 1024]", source, flags=re.MULTILINE)
+    for short in ("STEPS = 3\n", "lengths = [64, 1024]\n"):
         assert any(short in cell.source for cell in tour.cells)
     nbclient.NotebookClient(tour, timeout=600, kernel_name="python3",
                             resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()
