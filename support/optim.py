@@ -62,7 +62,7 @@ class Muon(torch.optim.AdamW):
     The factor gives the step a root mean square of 0.2 lr whatever the shape, about that of AdamW, so that one lr and
     weight decay serve both (arXiv 2502.16982). A weight that is several matrices one below the other, as q, k and v in
     one projection, is stepped as these: `parts` holds their rows, and each is orthogonalised by itself, with its own
-    rows and columns in the factor. (As one matrix, config/tiny.py ends at 1.036 nats instead of 1.017.)
+    rows and columns in the factor.
     Differs from torch.optim.Muon: fp32 on a CPU unless it trains in bf16 and has units for it, without which that is
     hundreds of times slower; torch before 2.9.
     """
