@@ -23,7 +23,7 @@ from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__, "model.py")
 
-from support.checks import at_least, require                                      # support comes before torch
+from support.checks import at_least, check_mixers, require                        # support comes before torch
 from support.dataset import Dataset, Windows, load_tokenizer
 from support.files import locked
 from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,
@@ -142,6 +142,8 @@ class Run:
         self.windows = Windows(data.train, model_config.seq_len, config.seed)
         torch.manual_seed(config.seed)
         self.model = LM(model_config).to("cpu" if config.shard else device)       # a GPU may never hold it whole
+        if config.plugin:
+            check_mixers(self.model, config.plugin)
         self.parallel = self.model                                                # what train_step calls; see spread
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0

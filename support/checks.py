@@ -6,6 +6,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from configurator import UserError
+
 
 def require(condition, message):
     if not condition:
@@ -84,3 +86,32 @@ def check_without_order(config):
     if "linear" in config.mixers:
         ordered = ordered or config.delta or config.decay != "none"
     require(not ordered, "causal=False has no order in time: it needs plain linear or softmax mixers")
+
+
+@torch.no_grad()
+def check_mixers(model, plugin):
+    """UserError where a mixer of the user's own breaks the contract beside model.MIXERS: a text read in two calls must
+    give what it gives in one. Otherwise the mixer sees later tokens, and learns nothing else, or its state is too small.
+    """
+    tokens = min(12, model.config.seq_len)
+    if not model.config.causal or tokens < 2:
+        return
+    device = model.embed.weight.device
+    random = torch.Generator().manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, (3, tokens), generator=random).to(device)
+    training = model.training
+    model.eval()
+    try:
+        whole, _ = model.hidden(idx)
+        first, state = model.hidden(idx[:, :tokens // 2])
+        rest, _ = model.hidden(idx[:, tokens // 2:], state)
+    except (TypeError, ValueError) as error:
+        if "unpack" not in str(error):
+            raise
+        raise UserError(f"{plugin}: a mixer must return two things, its output and its new state") from None
+    finally:
+        model.train(training)
+    parts = torch.cat([first, rest], dim=1)
+    if not torch.allclose(parts, whole, rtol=0, atol=1e-3 * float(whole.abs().max())):
+        raise UserError(f"{plugin}: read in two calls, a text gives other results than in one: a mixer sees later tokens, "
+                        "or its state does not hold all that it needs")

@@ -542,11 +542,26 @@ class Mean(torch.nn.Module):
         self.out = torch.nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x, state, ropes):
-        total, count = state or (0, 0)
-        return self.out(total + x.cumsum(1)), None
+        totals = x.float().cumsum(1) + (0 if state is None else state)
+        return self.out(totals.to(x.dtype)), totals[:, -1:].clone()
 
 model.MIXERS["mean"] = Mean
 """
+
+
+@pytest.mark.parametrize("right, wrong, message", [
+    ("x.float().cumsum(1)", "x.float().roll(-1, 1)", "read in two calls, a text gives other results than in one"),
+    ("totals[:, -1:].clone()", "None", "read in two calls, a text gives other results than in one"),
+    (", totals[:, -1:].clone()", "", "a mixer must return two things, its output and its new state")])
+def test_a_mixer_that_sees_later_tokens_or_loses_its_state_is_refused_before_training(refusal, monkeypatch, tmp_path, right,
+                                                                                     wrong, message):
+    monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
+    monkeypatch.delitem(sys.modules, "plugin_mine", raising=False)
+    assert right in PLUGIN
+    (tmp_path / "mine.py").write_text(PLUGIN.replace(right, wrong))
+    flags = "--mixers=mean linear", "--depth=2", f"--plugin={tmp_path}/mine.py"
+    assert f"{tmp_path}/mine.py: {message}" in refusal(*flags)
+    sys.modules.pop("plugin_mine")
 
 
 def test_a_mixer_in_the_users_own_file_is_trained_and_named_on_the_command_line_alone(run, refusal, monkeypatch, tmp_path):
