@@ -309,8 +309,8 @@ def picture(path, draw, told="wrote", **panels):
     """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so, no more."""
     try:
         os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
+        logging.getLogger("matplotlib").setLevel(logging.CRITICAL)                # it warns of its folders at import
         import matplotlib
-        logging.getLogger("matplotlib").setLevel(logging.CRITICAL)                # of a cache folder, say: no matter
         matplotlib.use("agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(**panels)

@@ -83,6 +83,15 @@ def test_a_matplotlib_that_fails_is_one_line_and_fails_no_run(tmp_path, package,
     assert (result.returncode, result.stdout, result.stderr) == (0, "", line)
 
 
+def test_what_matplotlib_says_of_its_folders_and_settings_is_not_said_by_us(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": 2.0}\n')
+    (tmp_path / "rc").write_bytes(b"\xe0\n")
+    script = f"from pathlib import Path; from support.report import plot_losses; plot_losses(Path({str(tmp_path)!r}))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True,
+                            env=os.environ | {"MPLCONFIGDIR": "/proc/nope", "MATPLOTLIBRC": str(tmp_path / "rc")})
+    assert result.returncode == 0 and result.stderr.count("\n") == 1, result.stderr
+
+
 def test_a_font_that_fails_is_not_told_as_a_full_disk(tmp_path, monkeypatch, capsys):
     figure = pytest.importorskip("matplotlib.figure")
 
