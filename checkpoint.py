@@ -252,7 +252,7 @@ def make_config(settings):
         raise UserError(f"the model of this checkpoint cannot be made: {error}") from None
 
 
-def load_weights(model, checkpoint, source):
+def load_weights(model, checkpoint, path=None):
     weights = checkpoint["model"]
     if any(name.endswith(".mixer.both.weight") for name in weights):
         raise UserError("the checkpoint has `conv` layers of an earlier version, which model.py no longer has (they "
@@ -265,9 +265,9 @@ def load_weights(model, checkpoint, source):
     check_shared(model, weights, "the checkpoint")
     if unfit := misfits(model.state_dict(), weights):
         way = ""
-        if all(".mixer." in name for name in unfit):                              # start_from can leave these out
-            way = f", or --init_from={shell(str(source))} and another --out_dir to start from what fits"
-        raise UserError(f"{source} holds a model of another shape: {first_of(unfit)} would not fit. Use its "
+        if path and all(".mixer." in name for name in unfit):                     # start_from can leave these out
+            way = f", or --init_from={shell(str(path))} and another --out_dir to start from what fits"
+        raise UserError(f"{path or 'the checkpoint'} holds a model of another shape: {first_of(unfit)} would not fit. Use its "
                         f"settings{way}")
     model.load_state_dict(weights)
 
@@ -299,7 +299,7 @@ def check_shared(model, weights, source):
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
     model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
-    load_weights(model, checkpoint, "the checkpoint")
+    load_weights(model, checkpoint)
     model.generate_model_card = functools.partial(model_card, model, checkpoint)  # save_pretrained and push_to_hub ask
     return model
 

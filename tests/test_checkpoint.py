@@ -128,7 +128,7 @@ def test_weights_from_before_windows_had_convolutions_give_the_same_logits():
     weights, lm, idx = old_and_new(mixers="window")
     lm_with_convolutions = LM(ModelConfig(**vars(lm.config) | {"short_conv": True}))
     lm.load_state_dict(weights)
-    checkpoint.load_weights(lm_with_convolutions, {"model": dict(weights)}, "a.pt")
+    checkpoint.load_weights(lm_with_convolutions, {"model": dict(weights)})
     assert torch.equal(lm_with_convolutions(idx)[0], lm(idx)[0])
 
 
@@ -136,7 +136,7 @@ def test_weights_of_the_gated_convolution_of_before_are_refused_by_name():
     weights, lm, _ = old_and_new(mixers="conv")
     old = {name.replace("gate.weight", "both.weight"): weight for name, weight in weights.items()}
     with pytest.raises(UserError, match="`conv` layers of an earlier version"):
-        checkpoint.load_weights(lm, {"model": old}, "a.pt")
+        checkpoint.load_weights(lm, {"model": old})
 
 
 def test_a_forbidden_pickle_is_refused_in_our_words(refusal, tmp_path):
