@@ -4,7 +4,7 @@
     python train.py config/tiny.py
     python sample.py --out_dir=out/tiny --prompt="def "
 
-1.84 M parameters; 288 kB of state per sequence. Minutes on two idle cores, to 1.03 to 1.07 nats per byte.
+1.84 M parameters; 288 kB of state per sequence. Five minutes on two idle cores, to 1.03 to 1.07 nats per byte.
 Source: gated linear attention alternating with a window, as Based [arXiv 2402.18668] mixes the two.
 """
 out_dir = "out/tiny"
