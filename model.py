@@ -414,7 +414,7 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
     """
     if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
-    # A form returns its dtype of q, so the denominator, which must not be rounded, is computed from fp32 arguments.
+    # A form returns y in the dtype of q. The denominator must not be rounded, so its arguments are fp32.
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     V = v.shape[-1]
@@ -667,7 +667,7 @@ def softmax_attention(q, k, v, causal=True, window=None):
 class SoftmaxAttention(nn.Module):
     """The baseline: attends to all tokens in O(T^2); its state, all keys and values, grows with the text.
 
-    With a window it attends to the last w tokens, in O(T w); its state is their keys and values, the last w - 1.
+    With a window it attends to the last w tokens, in O(T w); its state is the last w - 1 keys and values.
     Its state is (the last inputs of the convolution or None, (k, v)).
     """
 

@@ -436,8 +436,8 @@ def difference(folder, record, options, source):
 
 
 def changed(folder, source):
-    return (f"{source.name} has changed since {folder / source.record} was made from it: restore it, or delete that "
-            "record and the same command makes it again, or use another --dataset name")
+    return (f"{source.name} has changed since {folder / source.record} was made from it: delete that record and repeat "
+            "the command to prepare the new text, or use another --dataset name")
 
 
 @contextlib.contextmanager

@@ -86,14 +86,15 @@ def next_steps(dataset, data_dir, vocab_size, train, val):
 def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
-    lines = [f"{config.folder}: {train:,} train and {val:,} validation tokens in {len(entries)} files, "
-             f"{Path(manifest['tokenizer']).name} tokens" + ", all verified" * config.verify]
+    name = Path(manifest["tokenizer"]).name
+    lines = [f"{config.folder}: {train:,} tokens to train on and {val:,} for validation, tokenizer {name}"
+             + ", all verified" * config.verify]
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
         lines.append(f"  validation: {', '.join(held[:20])}" + f" and {len(held) - 20} more" * (len(held) > 20))
     elif any(source.stem.startswith("both-") for source in sources):
-        lines.append(f"  validation: {val / (train + val):.1%} of the tokens, from all files alike"
-                     + ", as no file is named val" * bool(config.data_files))
+        lines.append(f"  validation: {val / (train + val):.1%} of the tokens"
+                     + ", since no file is named val" * bool(config.data_files))
     for key, meaning in MEANINGS.items():
         if count := sum(entry.get(key, 0) for entry in entries):
             lines.append(f"  {meaning}: {count:,}")

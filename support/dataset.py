@@ -272,7 +272,7 @@ def bin_problems(folder, content, whole=False):
 
 def remake(folder, problem=""):
     """What makes a dataset whole again, and first the shard of C4 in `problem`, maybe of another machine's share."""
-    flags = "" if folder.name in ("c4", "stdlib") else " --data_files=..."
+    flags = "" if folder.name in ("c4", "stdlib") else " --data_files=... (or --hub=...)"
     shard = re.search(r"\btrain-(\d{5})\.(bin|json)", problem) if folder.name == "c4" else None
     if shard:
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"

@@ -195,7 +195,7 @@ def reader(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     (tmp_path / "DATA").symlink_to("c4")
     text = "A text of mine, of some length, with Größe in it. " * 200
-    for path in ("mine.txt", "texts/a.txt", "texts/b.txt", "python/a.py", "python/val.py", "shakespeare_train.txt",
+    for path in ("letters.txt", "texts/a.txt", "texts/b.txt", "python/a.py", "python/val.py", "shakespeare_train.txt",
                  "shakespeare_val.txt"):
         (tmp_path / path).write_text(text)
     (tmp_path / "mine.py").write_text(mixer_of_ones_own())
