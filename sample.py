@@ -368,13 +368,19 @@ def typed_lines(terminal):
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() edits lines with it)
-    before = signal.getsignal(signal.SIGINT)
+    waiting = False
+
+    def interrupt(number, frame):
+        if waiting:                                                               # else it comes too soon after another
+            raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, interrupt)
     while True:
         try:
-            signal.signal(signal.SIGINT, interrupt_once)
+            waiting = True
             line = typed_line("> ")
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            waiting = False
         except KeyboardInterrupt:
+            waiting = False
             print()
             continue
         if line is None:
@@ -390,12 +396,6 @@ def typed_line(prompt):
         return input(prompt)
     except EOFError:
         return None
-
-
-def interrupt_once(number, frame):
-    """Handles a Ctrl-C; one that follows it too soon, while the first is handled, is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
