@@ -40,7 +40,6 @@ The letters, and what the papers call them:
 [8] Dao, Gu 2024, Transformers are SSMs (Mamba-2), 2405.21060
 [9] Grazzi et al. 2024, Unlocking state-tracking in linear RNNs through negative eigenvalues, 2411.12537
 """
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -502,14 +501,24 @@ class Projection(nn.Linear):
         return speedups.project(x, self.weight)                       # F.linear(x, W), faster for few rows on a CPU
 
 
-def split_heads(x, n_heads, widths):
-    """x (B,T,sum of widths) -> one (B,H,T,width / H) for each width."""
-    return (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in x.split(widths, dim=-1))
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, in the dtype of the weight: decoding in bf16 keeps that in fp32."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
 
 
 def merge_heads(y):
     """(B,H,T,V) -> (B,T,H V)."""
     return y.transpose(1, 2).flatten(2)
+
+
+def split_heads(x, n_heads, widths):
+    """x (B,T,sum of widths) -> one (B,H,T,width / H) for each width."""
+    return (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in x.split(widths, dim=-1))
 
 
 class CausalConv(nn.Module):
@@ -587,7 +596,7 @@ class ExtendedLinearAttention(LinearAttention):
         if config.delta:
             self.beta = Projection(config.dim, H)
         if config.normaliser == "rms":
-            self.norm = nn.RMSNorm(config.value_dim, eps=1e-6)
+            self.norm = RMSNorm(config.value_dim)
         if config.decay == "gated":
             self.decay = Projection(config.dim, H)
             step = torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -606,7 +615,7 @@ class ExtendedLinearAttention(LinearAttention):
         rope = ropes.get(q.shape[-1])
         y, S = speedups.checkpointed(self.attend, q, k, v, S, rope, self.log_decay(x), self.strength(x))
         if config.normaliser == "rms":
-            y = self.norm(y.to(self.norm.weight.dtype)).to(v.dtype)
+            y = self.norm(y).to(v.dtype)
         y = merge_heads(y)
         if config.output_gate:
             y = y * F.silu(self.gate(x))
@@ -739,7 +748,7 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-NORMS = {"rms": functools.partial(nn.RMSNorm, eps=1e-6), "layer": nn.LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 MLPS = {"gelu": F.gelu, "swiglu": swiglu, "relu2": lambda x: F.relu(x).square()}
 
 
