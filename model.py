@@ -383,7 +383,9 @@ def taylor(x):
     x = x * d ** -0.25
     i, j = torch.triu_indices(d, d, device=x.device)
     weight = (0.5 + 0.5 * (i != j).to(x.dtype)).sqrt()
-    squares = x[..., i] * x[..., j] * weight
+    # x_i is picked by a product with one-hot columns. The gradient of x[..., i] would be a scatter, far slower.
+    one_hot = torch.eye(d, dtype=x.dtype, device=x.device)
+    squares = (x @ one_hot[:, i]) * (x @ (one_hot[:, j] * weight))
     return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
 
 
