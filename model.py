@@ -239,6 +239,8 @@ def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
     Arguments as for linear_attention_quadratic.
     """
     check_shapes(q, k, v, log_decay, beta, state)
+    if kernels.takes_step(q, v):
+        return kernels.linear_attention(q, k, v, log_decay, beta, state)
     form = recurrent if beta is None else delta_recurrent
     with torch.autocast(q.device.type, enabled=False):
         y, S = form(*widened(q, k, v, log_decay, beta, state))
@@ -413,7 +415,8 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
     Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and Z, the
       column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    if form is linear_attention_chunked and kernels.available(q, v):
+    in_kernels = {linear_attention_chunked: kernels.available, linear_attention_recurrent: kernels.takes_step}
+    if form in in_kernels and in_kernels[form](q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
     # A form returns y in the dtype of q. The denominator must not be rounded, so its arguments are fp32.
     dtype = q.dtype
@@ -513,14 +516,14 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def merge_heads(y):
-    """(B,H,T,V) -> (B,T,H V)."""
-    return y.transpose(1, 2).flatten(2)
-
-
 def split_heads(x, n_heads, widths):
     """x (B,T,sum of widths) -> one (B,H,T,width / H) for each width."""
     return (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in x.split(widths, dim=-1))
+
+
+def merge_heads(y):
+    """(B,H,T,V) -> (B,T,H V)."""
+    return y.transpose(1, 2).flatten(2)
 
 
 class CausalConv(nn.Module):

@@ -17,12 +17,14 @@ The letters are those of model.py. For a chunk of C tokens that starts from the 
     backward   sum_back        dz, of every sum of weights             (normaliser)
                scan_back       dS_1 of every chunk, last to first      (delta rule: delta_scan_back)
                gradients       all others, of every chunk
+    decoding   step            S_1 and Y of a single token, in place of all of these
 
 The scans run in parallel over batch, heads and blocks of S; the others over chunks too. P is computed again in
 backward: a product costs less than its bytes. The normaliser divides Y by the sum of weights, since_start Q Z_0 + P 1,
 where Z is the state's column of ones, a vector beside S. Its Q and K may be others than those of Y, as rope turns the
 numerator alone: NORM is "none", "own" (the same Q and K) or "other" (q_den and k_den).
 """
+import contextlib
 import types
 
 import torch
@@ -43,6 +45,8 @@ except ImportError:                                                 # then avail
 # What the kernels share. A tensor (B,H,T,.) or (B,H,T) comes as a tuple of its pointer and its strides over B, H and T,
 # so that transposed views need no copy; head() turns it into the same of one head, a pointer and a stride over T.
 # Capitals are model.py's sizes, and flags, known when a kernel is compiled. BK and BV are widths of blocks of K and V.
+# Trap: loops over such blocks are unrolled (static_range). As loops of three passes or more, products of bf16 summed to
+# a y that was wrong by 18 % on an H100 (Triton 3.6, cause unknown; interpreted and in fp32 they are right).
 
 
 @jit
@@ -140,7 +144,7 @@ def decay_matrix(G, C, DECAY):
 def scores(q, k, t, T, K, C, BK, PREC):
     """Q K^T of the chunk at t."""
     QK = tl.zeros((C, C), tl.float32)
-    for col in range(0, K, BK):
+    for col in tl.static_range(0, K, BK):
         queries = load(q, t, T, col, K, C, BK)
         keys = load(k, t, T, col, K, C, BK)
         QK += dot(queries, tl.trans(keys), PREC)
@@ -293,7 +297,7 @@ def outputs(
     decay = decay_matrix(G, C, DECAY)
     P = scores(q, k, t, T, K, C, BK, PREC) * decay
     read = tl.zeros((C, BV), tl.float32)
-    for row in range(0, K, BK):
+    for row in tl.static_range(0, K, BK):
         queries = load(q, t, T, row, K, C, BK)
         S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
         read += dot(queries, S, PREC)
@@ -307,7 +311,7 @@ def outputs(
             P = scores(q, k, t, T, K, C, BK, PREC) * decay
         sum_starts = head(sum_starts, bh, H)
         weights = tl.sum(P, 1)
-        for row in range(0, K, BK):
+        for row in tl.static_range(0, K, BK):
             queries = load(q, t, T, row, K, C, BK)
             Z = load_row(sum_starts, n * K + row, n * K + K, BK)
             weights += since_start * tl.sum(queries * Z[None, :], 1)
@@ -316,6 +320,43 @@ def outputs(
         if col == 0:
             store_row(head(scale, bh, H), scale_t, t, T, C)
     store(head(y, bh, H), Y, t, T, col, V, C, BV)
+
+
+@jit
+def step(
+    q, k, v, q_den, k_den, g, b,
+    state, y,                                                       # state is read, and written in place
+    H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, NORM: tl.constexpr,
+):
+    """One token of one head: S_1 = kept S_0 + K^T U and Y = Q S_1, where Q, K and U are rows. BK and BV cover S.
+
+    It reads and writes S once, which takes longer than all else.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    queries = load_row(row_of(head(q, bh, H), 0), 0, K, BK)
+    keys = load_row(row_of(head(k, bh, H), 0), 0, K, BK)
+    U = load_row(row_of(head(v, bh, H), 0), 0, V, BV)
+    state = head(state, bh, H)
+    kept = 1.0
+    if DECAY:
+        kept = tl.exp(tl.load(head(g, bh, H)[0]))
+    S = kept * load(state, 0, K, 0, V, BK, BV)
+    if DELTA:
+        U = tl.load(head(b, bh, H)[0]) * (U - tl.sum(keys[:, None] * S, 0))
+    S += keys[:, None] * U[None, :]
+    store(state, S, 0, K, 0, V, BK, BV)
+    Y = tl.sum(queries[:, None] * S, 0)
+    if NORM != "none":
+        if NORM == "other":
+            queries = load_row(row_of(head(q_den, bh, H), 0), 0, K, BK)
+            keys = load_row(row_of(head(k_den, bh, H), 0), 0, K, BK)
+        sums = state[0] + V, state[1]                               # the last column of the state
+        Z = kept * load_row(sums, 0, K, BK) + keys
+        store_row(sums, Z, 0, K, BK)
+        Y /= tl.sum(queries * Z, 0) + 1e-6
+    store_row(row_of(head(y, bh, H), 0), Y, 0, V, BV)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -513,7 +554,7 @@ def value_gradients(q, k, g, scale, dy, ends, dv, n, col, T, K, V, C, BK, BV, DE
     if NORM != "none":
         P *= load_row(scale, t, T, C)[:, None]
     late = tl.zeros((C, BV), tl.float32)
-    for row in range(0, K, BK):
+    for row in tl.static_range(0, K, BK):
         keys = load(k, t, T, row, K, C, BK)
         dS = load(ends, n * K + row, n * K + K, col, V, BK, BV)
         late += dot(keys, dS, PREC)
@@ -535,7 +576,7 @@ def key_gradients(q, k, u, g, b, scale, dz, starts, sum_starts, dy, ends, sum_en
     dQ = tl.zeros((C, BK), tl.float32)
     dK = tl.zeros((C, BK), tl.float32)
     dkept = 0.0
-    for col in range(0, V, BV):
+    for col in tl.static_range(0, V, BV):
         dY = load(dy, t, T, col, V, C, BV)
         U = load(u, t, T, col, V, C, BV)
         S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
@@ -607,7 +648,7 @@ def delta_key_gradients(k, u, g, b, starts, derror, db, n, row, T, K, V, C, BK, 
     t = n * C
     dP = tl.zeros((C, C), tl.float32)
     dE_K = tl.zeros((C, BK), tl.float32)
-    for col in range(0, V, BV):
+    for col in tl.static_range(0, V, BV):
         dE = load(derror, t, T, col, V, C, BV)
         U = load(u, t, T, col, V, C, BV)
         S = load(starts, n * K + row, n * K + K, col, V, BK, BV)
@@ -651,15 +692,15 @@ def blocks(width, block):
     return -(-width // block)
 
 
-def sizes(q, v, chunk_size):
+def sizes(q, v, b, chunk_size):
     """The constants of all kernels: chunks of up to 64 tokens; 32 where wide tiles of fp32 need the room.
 
-    Trap: with K = 153 and 256 in bf16, y was wrong by 18 % on an H100, cause unknown (Triton 3.6; the same sums are
-    right interpreted, in fp32, and up to K = 128): above 128, bf16 goes the way of fp32.
+    Trap: with K = 256 in bf16, the delta rule's gradient of k was wrong by 3 % on an H100, cause unknown (in fp32 it is
+    right): above 128 it goes the way of fp32.
     """
     K = q.shape[-1]
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
-    if K > 128:
+    if b is not None and K > 128:
         precision = "tf32x3"
     most = 64 if precision == "bf16" or K <= 64 else 32
     C = max(16, min(power(chunk_size), most))
@@ -695,7 +736,7 @@ def kind(norm, q_den):
 def allocate(q, k, v, g, b, q_den, k_den, state, norm, chunk_size):
     """y, the final state, and what backward needs: starts, sum_starts, scale; x and u of the delta rule."""
     B, H, T, K = q.shape
-    size = sizes(q, v, chunk_size)
+    size = sizes(q, v, b, chunk_size)
     C = size["C"]
     N = blocks(T, C)
     stored = torch.bfloat16 if size["PREC"] == "bf16" else torch.float32
@@ -714,7 +755,7 @@ def forward(q, k, v, g, b, q_den, k_den, state, norm, chunk_size):
     results = allocate(q, k, v, g, b, q_den, k_den, state, norm, chunk_size)
     B, H, T, K = q.shape
     V = v.shape[-1]
-    constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
+    constants = sizes(q, v, b, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
     heads = B * H
     chunks = heads * blocks(T, constants["C"])
     NORM = kind(norm, q_den)
@@ -749,7 +790,7 @@ def backward(q, k, v, g, b, q_den, k_den, scale, y, starts, sum_starts, x, u, dy
                                 chunk_size)
     B, H, T, K = q.shape
     V = v.shape[-1]
-    constants = sizes(q, v, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
+    constants = sizes(q, v, b, chunk_size) | dict(H=H, T=T, DECAY=g is not None)
     heads = B * H
     chunks = heads * blocks(T, constants["C"])
     NORM = kind(norm, q_den)
@@ -790,6 +831,25 @@ def backward(q, k, v, g, b, q_den, k_den, scale, y, starts, sum_starts, x, u, dy
     return results
 
 
+def allocate_step(q, k, v, g, b, q_den, k_den, state, norm):
+    return empty(v, q.dtype)
+
+
+def forward_step(q, k, v, g, b, q_den, k_den, state, norm):
+    y = allocate_step(q, k, v, g, b, q_den, k_den, state, norm)
+    B, H, _, K = q.shape
+    V = v.shape[-1]
+    size = dict(K=K, V=V, BK=power(K), BV=power(V), DECAY=g is not None, DELTA=b is not None, NORM=kind(norm, q_den))
+    warps = min(16, max(1, size["BK"] * size["BV"] // 1024))        # 32 elements of S in a thread, until all are busy
+    q, k, v, q_den, k_den, g, b, state, y_ = views(q, k, v, q_den, k_den, g, b, state, y)
+    with torch.cuda.device_of(y):
+        step[B * H,](q, k, v, q_den, k_den, g, b, state, y_, H, **size, num_warps=warps)
+    return y
+
+
+library.define("lat::step", (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_den, Tensor? k_den, Tensor(a!) state, bool norm) "
+    "-> Tensor"))
 library.define("lat::linear_attention", (
     "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? b, Tensor? q_den, Tensor? k_den, Tensor state, bool norm, "
     "int chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
@@ -816,6 +876,8 @@ def differentiate(ctx, dy, dfinal, *_, backward=torch.ops.lat.linear_attention_b
     return *grads, dstate, None, None
 
 
+library.impl("lat::step", "default", forward_step)
+library.register_fake("lat::step", allocate_step)
 library.impl("lat::linear_attention", "default", forward)
 library.impl("lat::linear_attention_backward", "default", backward)
 library.register_fake("lat::linear_attention", allocate)
@@ -852,7 +914,28 @@ def runs_on(x):
 
 def available(q, v):
     """Whether to run the kernels: where they can, for widths where they are fast."""
-    return runs_on(q) and q.shape[-1] <= 128 and v.shape[-1] <= 256
+    widest = 256 if q.dtype == torch.bfloat16 else 128
+    return runs_on(q) and q.shape[-1] <= widest and v.shape[-1] <= 256
+
+
+def takes_step(q, v):
+    """Whether to run the kernel of one token: where no gradient is asked for."""
+    wide = max(q.shape[-1], v.shape[-1])
+    return runs_on(q) and q.shape[2] == 1 and wide <= 256 and not torch.is_grad_enabled()
+
+
+overwritten = False
+
+
+@contextlib.contextmanager
+def overwriting_states():
+    """In here a step of one token updates the state that it is given, not a copy: for one that nobody else holds."""
+    global overwritten
+    overwritten = True
+    try:
+        yield
+    finally:
+        overwritten = False
 
 
 def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=64):
@@ -881,10 +964,17 @@ def run(q, k, v, log_decay, beta, q_den, k_den, state, norm, chunk_size):
         tensors = [x if x is None else x.to(dtype) for x in tensors]
     q, k, v, q_den, k_den = tensors
     B, H, T, K = q.shape
+    g, b = (x if x is None else x.float() for x in (log_decay, beta))
+    if takes_step(q, v):
+        if state is None:
+            state = q.new_zeros(B, H, K, v.shape[-1] + norm, dtype=torch.float32)
+        elif not overwritten:
+            state = state.clone()
+        state = state.float().contiguous()
+        return torch.ops.lat.step(q, k, v, g, b, q_den, k_den, state, norm), state
     pad = -K % 16                                                   # aligned rows load 16 bytes at once
     if pad:
         q, k, q_den, k_den = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, q_den, k_den))
-    g, b = (x if x is None else x.float() for x in (log_decay, beta))
     if state is None:
         state = q.new_zeros(B, H, K + pad, v.shape[-1] + norm, dtype=torch.float32)
     else:

@@ -291,8 +291,12 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=Non
 # Decoding
 
 
-# Options of torch.compile for decoding. Tuned, it multiplies a matrix by a vector itself, at the speed of the memory.
-SMALL_PRODUCTS = {"coordinate_descent_tuning": True}
+# Options of torch.compile for decoding, where a step is many short kernels.
+DECODING = {
+    "coordinate_descent_tuning": True,  # it multiplies a matrix by a vector itself, at the speed of the memory
+    "realize_opcount_threshold": 5,     # what all layers need, as the angles of rope, is computed once
+    "combo_kernels": True,              # what does not depend on each other shares a launch
+}
 
 
 def fast_step(step, generator=None, compiled=False):
@@ -341,7 +345,7 @@ def cuda_graph(step, idx, state, generator=None, compiled=False):
 
     def write(new_state):
         for old, new in zip(tree_leaves(state), tree_leaves(new_state)):
-            if torch.is_tensor(old):
+            if torch.is_tensor(old) and new is not old:
                 old.copy_(new)
 
     def advance():
@@ -349,8 +353,8 @@ def cuda_graph(step, idx, state, generator=None, compiled=False):
         write(after)
         return tokens
     if compiled:
-        advance = torch.compile(advance, dynamic=False, options=SMALL_PRODUCTS)
-    with autocast:
+        advance = torch.compile(advance, dynamic=False, options=DECODING)
+    with autocast, kernels.overwriting_states():
         graph, tokens = captured(advance, generator=generator)
     write(given)                                                      # back to before the warm-up
 

@@ -2,6 +2,7 @@
 all gradients, against a loop over tokens in float64. With no GPU they are skipped, unless Triton interprets them:
     pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_support_kernels.py
 """
+import contextlib
 import math
 import os
 import subprocess
@@ -159,6 +160,29 @@ def test_any_split_over_calls_equals_one_call(normaliser, rule):
         y, state = call("kernels", dict(zip(x, part), state=state), normaliser, chunk_size=CHUNK)
         ys.append(y)
     torch.testing.assert_close((torch.cat(ys, dim=2), state), (wanted, wanted_state), rtol=1e-4, atol=1e-4)
+
+
+@runs
+@pytest.mark.parametrize("normaliser, rule", [(None, rule) for rule in RULES] + [
+    (kind, rule) for kind in ("own", "other") for rule in ("plain", "decay")])
+@pytest.mark.parametrize("K, V", [(3, 5), (64, 64), (70, 1)] if INTERPRETED else [(16, 16), (153, 64), (96, 192)])
+def test_single_tokens_take_the_kernel_of_one_token_and_are_the_recurrence(K, V, normaliser, rule, monkeypatch):
+    taken = []
+    monkeypatch.setattr(kernels, "takes_step", lambda q, v: taken.append(q) is None and q.shape[2] == 1)
+    x = {name: value.detach() for name, value in operands(4, rule, normaliser, K, V).items()}
+    wanted = call(recurrence, x, normaliser)
+    state = x.pop("state")
+    given = state.clone()
+    for overwriting in (False, True):
+        ys, S = [], state
+        for part in zip(*(value.split(1, dim=2) for value in x.values())):
+            with kernels.overwriting_states() if overwriting else contextlib.nullcontext():
+                y, S = call("kernels", dict(zip(x, part), state=S), normaliser)
+            ys.append(y)
+        torch.testing.assert_close((torch.cat(ys, dim=2), S), wanted, rtol=1e-5, atol=1e-5)
+        assert len(taken) == 4 and (S is state) == overwriting
+        assert torch.equal(state, given) != overwriting                           # a kept state stays as it was
+        taken.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
