@@ -290,7 +290,7 @@ class Trainer:
         self.hidden = hidden
         self.loss = answer_loss
         if compiled:
-            torch._dynamo.config.cache_size_limit = 256                           # shapes times configurations
+            torch._dynamo.config.recompile_limit = 256                            # shapes times configurations
             self.hidden = torch.compile(hidden, dynamic=False)
             self.loss = torch.compile(answer_loss, dynamic=False)
 
