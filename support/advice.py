@@ -13,6 +13,8 @@ from configurator import escape, shell
 from support.texts import MEANINGS
 
 MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
+LEAST = 10_000  # tokens to train on: fewer are read 40 times in the 100 steps of the shortest run
+LEAST_VAL = 100  # tokens for validation
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Preset:
         if (steps := self.steps_for(train)) < self.steps:
             words.append(f"--max_steps={steps}")
         if min(train, val) <= 256 and self.name == "tiny":  # its seq_len
-            words.append(f"--seq_len={max(1, min(train, val) // 2)}")
+            words.append(f"--seq_len={min(train, val) // 2}")
         return shell(*words)
 
     def seconds(self, train):
@@ -63,6 +65,17 @@ def duration(seconds):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(1, seconds / 60):.0f} min"
+
+
+def too_small(train, val, bytes_each):
+    """What to say of a text from which no preset learns anything, or ""."""
+    if train < LEAST:
+        return (f"too small to train on: give at least {LEAST * bytes_each // 1000} kB of text, better ten times "
+                "that or more")
+    if val < LEAST_VAL:
+        return (f"too little text for validation: it needs at least {LEAST_VAL * bytes_each} bytes, by a longer "
+                "validation file or a larger --val_fraction")
+    return ""
 
 
 def next_steps(dataset, data_dir, vocab_size, train, val):
@@ -99,5 +112,8 @@ def say_what_was_made(config, manifest, sources):
         if count := sum(entry.get(key, 0) for entry in entries):
             lines.append(f"  {meaning}: {count:,}")
     lines += [f"  {example}" for entry in entries for example in entry.get("examples", [])][:10]
-    lines += next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val).split("\n")
+    bytes_each = round(sum(entry["bytes"] for entry in entries) / (train + val)) or 1
+    advice = too_small(train, val, bytes_each)
+    advice = advice or next_steps(config.dataset, config.folder.parent, manifest["vocab_size"], train, val)
+    lines += advice.split("\n")
     print("\n".join(map(escape, lines)))

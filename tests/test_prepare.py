@@ -552,7 +552,7 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path, monkeypatch, name):
 
 def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_command_works(tmp_path):
     import shlex
-    (tmp_path / "a.txt").write_text("text " * 1000)
+    (tmp_path / "a.txt").write_text("text " * 3000)
     home = os.environ | {"HOME": str(tmp_path)}
     out = run(tmp_path, "--dataset=d", "--data_files=~/a.txt", "--data_dir=~/my $data;", env=home)
     assert not (tmp_path / "~").exists() and (tmp_path / "my $data;/d/manifest.json").exists()
@@ -565,7 +565,7 @@ def test_home_and_names_that_a_shell_would_split_are_said_so_that_the_next_comma
 def test_a_name_that_the_terminal_has_no_characters_for_is_no_error(tmp_path, encoding):
     name = "val-\u043f\u0440\u0438\u0432\u0435\u0442-" + os.fsdecode(b"\xff") + ".txt"
     (tmp_path / name).write_text("text " * 100)
-    (tmp_path / "a.txt").write_text("text " * 100)
+    (tmp_path / "a.txt").write_text("text " * 3000)
     out = run(tmp_path, "--dataset=d", "--data_files=*.txt", env=os.environ | {"PYTHONIOENCODING": encoding})
     assert "validation: val-" in out and "next" in out
 
@@ -901,12 +901,24 @@ def test_the_estimate_says_minutes_hours_or_days(monkeypatch):
 
 
 def test_a_text_shorter_than_the_presets_context_gets_a_command_that_trains(tmp_path):
-    (tmp_path / "a.txt").write_text("a short text " * 30)
-    out = run(tmp_path, "--dataset=d", "--data_files=a.txt", "--val_fraction=0.1")
+    (tmp_path / "a.txt").write_text("a short text " * 1000)
+    out = run(tmp_path, "--dataset=d", "--data_files=a.txt", "--val_fraction=0.015")
     seq_len = int(re.search("--seq_len=([0-9]+)", out)[1])
     manifest = read_manifest(tmp_path / "data/d")
     for split in ("train", "val"):
         assert dataset.Windows(open_split(tmp_path / "data/d", manifest, split), seq_len, 0).total
+
+
+def test_a_text_too_small_to_train_on_is_said_to_be_so_and_gets_no_command(tmp_path):
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. The dog ran.")
+    (tmp_path / "long.txt").write_text("a long text " * 2000)
+    out = run(tmp_path, "--dataset=a", "--data_files=a.txt")
+    assert out.endswith("\ntoo small to train on: give at least 10 kB of text, better ten times that or more\n")
+    (tmp_path / "val.txt").write_text("words")
+    out += run(tmp_path, "--dataset=b", "--data_files=long.txt val.txt")
+    assert out.endswith("\ntoo little text for validation: it needs at least 100 bytes, by a longer validation file or "
+                        "a larger --val_fraction\n")
+    assert "train.py" not in out
 
 
 def test_small_texts_get_byte_tokens_and_what_is_there_keeps_its_own(tmp_path, gpt2):
