@@ -152,6 +152,17 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark(write, scripted
     assert write().code == 0 and stdout.buffer.getvalue() == b"a?\n"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_bf16_on_a_cpu_writes_without_a_warning_of_torch(write, tmp_path, norm):
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)                                                   # not only the first time
+    write_checkpoint(tmp_path / "out", mixers="linear window conv", depth=3, normaliser="rms", short_conv=True, norm=norm)
+    result = write("--prompt=abc", "--precision=bf16")
+    torch.set_warn_always(before)
+    assert result.code == 0, result
+
+
 def test_a_text_ends_at_its_end_of_text_token(write, scripted):
     scripted([*b"yes", BYTES.eot, *b"no"])
     result = write()
