@@ -336,7 +336,8 @@ def write_several(model, tokenizer, beginning, state, config, options):
 def converse(model, tokenizer, prompt, state, config, options):
     """Answers the prompt, then each line that is typed, which continues the text so far. An empty line adds nothing.
 
-    The whole conversation is one text, read through one state. Returns where it stopped.
+    The whole conversation is one text, read through one state. From a pipe or into one, `--- N` stands above answer N.
+    Returns where it stopped.
     """
     if sys.stdin is None:
         raise UserError("standard input is closed: --interactive reads it")
@@ -344,7 +345,9 @@ def converse(model, tokenizer, prompt, state, config, options):
     if terminal:
         print("The model continues each line that you type; an empty line lets it continue. Ctrl-C ends an answer, "
               "Ctrl-D the program.", file=sys.stderr)
-    for line in itertools.chain([prompt] if prompt else [], typed_lines(terminal)):
+    for number, line in enumerate(itertools.chain([prompt] if prompt else [], typed_lines(terminal)), 1):
+        if not terminal:
+            print(f"--- {number}")
         new_line = "\n" if line and state.unread not in ([], [tokenizer.eot]) else ""
         with ctrl_c_noted() as noted:
             state = read_prompt(model, tokenizer, new_line + line, state)

@@ -316,6 +316,13 @@ def test_from_python_a_kept_state_continues_a_text_as_one_run_would_and_as_often
     assert "".join(sample.stream_text(*opened, read, **GREEDY)) == rest and read.tokens == 63
 
 
+def test_answers_to_lines_from_a_pipe_can_be_told_apart(write, scripted, monkeypatch):
+    scripted(b"two\n\nlines")
+    monkeypatch.setattr(sample, "read_prompt", lambda *args: sample.TextState(unread=[1]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+    assert write("--interactive").out == "--- 1\ntwo\n\nlines\n--- 2\ntwo\n\nlines\n"
+
+
 def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, monkeypatch):
     lines = ["ab", "Füße", "", "x"]
     opened = checkpoint.open_model("out", "cpu")
@@ -329,7 +336,7 @@ def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, mo
         text = "\n".join(lines[len(first):])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         result = write("--interactive", "--temperature=0", "--stop=false", *first)
-        assert (result.code, result.out) == (0, "".join(answer + "\n" for answer in answers))
+        assert (result.code, result.out) == (0, "".join(f"--- {i}\n{answer}\n" for i, answer in enumerate(answers, 1)))
         assert result.err.splitlines() == sizes and len({line.split(";")[1] for line in sizes}) == 1
 
 
@@ -343,7 +350,9 @@ def test_a_conversation_goes_on_from_a_saved_state_and_ends_where_learned_positi
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         return write("--interactive", "--temperature=0", "--stop=false", *flags)
     both = talk("abc\nxyz\n").out
-    assert talk("abc\n", "--save_state=a.state").out + talk("xyz\n", "--load_state=a.state").out == both
+    first = talk("abc\n", "--save_state=a.state").out
+    second = talk("xyz\n", "--load_state=a.state").out
+    assert first + second.replace("--- 1\n", "--- 2\n") == both
     write_checkpoint(tmp_path / "out", pos="learned")
     result = talk("abc\nx\n")
     assert result.code == 2 and "\nsample.py: the model's learned positions end at 16" in result.err
