@@ -353,13 +353,28 @@ def converse(model, tokenizer, prompt, state, config, options):
             state = read_prompt(model, tokenizer, new_line + line, state)
             room = max(1, positions_left(state, model.config) - 1)
             limits = {"max_new_tokens": min(config.max_new_tokens, room)}
+            made = 0
             for piece in stream_text(model, tokenizer, state, config.stop, **options | limits):
                 print(piece, end="", flush=True)
+                made += 1
                 if noted:
                     break
         print(flush=True)
-        print(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:,.1f} kB]", file=sys.stderr)
+        remarks = [f"{state.tokens} tokens so far", f"the state is {size_of(state, model.config)}"]
+        if made == config.max_new_tokens:
+            remarks.append(f"cut at max_new_tokens={made}, an empty line continues")
+        print(f"[{'; '.join(remarks)}]", file=sys.stderr)
     return state
+
+
+def size_of(state, config):
+    """The size of a state in words, and what may still change it."""
+    size = f"{state.nbytes / 1e3:,.1f} kB"
+    if "softmax" in config.mixers:
+        return f"{size} and grows: softmax layers keep all tokens"
+    if "window" in config.mixers and state.tokens < config.window:
+        return f"{size} and full at {config.window} tokens"
+    return size
 
 
 def typed_lines(terminal):

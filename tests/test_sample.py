@@ -331,13 +331,32 @@ def test_a_conversation_is_one_text_read_through_one_state_of_one_size(write, mo
         line = "\n" * bool(turn and line) + line
         answer, state = sample.generate_text(*opened, line, state, **GREEDY)
         answers.append(answer)
-        sizes.append(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:.1f} kB]")
+        sizes.append(f"[{state.tokens} tokens so far; the state is {state.nbytes / 1e3:.1f} kB; cut at max_new_tokens=30, "
+                     "an empty line continues]")
     for first in ([], ["--prompt=ab"]):
         text = "\n".join(lines[len(first):])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         result = write("--interactive", "--temperature=0", "--stop=false", *first)
         assert (result.code, result.out) == (0, "".join(f"--- {i}\n{answer}\n" for i, answer in enumerate(answers, 1)))
         assert result.err.splitlines() == sizes and len({line.split(";")[1] for line in sizes}) == 1
+
+
+@pytest.mark.parametrize("mixers, length, words", [("linear window", 2, " and full at 4 tokens"), ("linear window", 9, ""),
+                                                   ("window softmax", 9, " and grows: softmax layers keep all tokens")])
+def test_a_conversation_says_of_a_state_that_is_not_of_fixed_size_yet_or_never_will_be(write, tmp_path, monkeypatch,
+                                                                                        mixers, length, words):
+    write_checkpoint(tmp_path / "out", mixers=mixers)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a" * (length - 1))))
+    note = write("--interactive", "--stop=false", "--max_new_tokens=1").err
+    assert re.fullmatch(rf"\[{length} tokens so far; the state is [\d.]+ kB{words}; cut at .*\]\n", note)
+
+
+def test_an_answer_that_ends_on_its_own_is_not_said_to_be_cut(write, scripted, monkeypatch):
+    scripted([*b"yes", BYTES.eot])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
+    assert "cut" not in write("--interactive", "--max_new_tokens=4").err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
+    assert "cut at max_new_tokens=3" in write("--interactive", "--max_new_tokens=3").err
 
 
 def test_a_closed_standard_input_is_said_to_be_closed(refusal, monkeypatch):
