@@ -13,6 +13,7 @@ From Python: open_model of checkpoint.py, then generate_text, or read_prompt and
 """
 import codecs
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -200,11 +201,26 @@ def identity(model):
     return digest.hexdigest()
 
 
+def settings_of(model):
+    """What a state of the model depends on, besides its weights: {setting: value}."""
+    precision = "bf16" if model.embed.weight.dtype == torch.bfloat16 else "fp32"
+    return dataclasses.asdict(model.config) | {"precision": precision}
+
+
+def difference(settings, model):
+    """How the model that had these settings differs from this one, which is another."""
+    if not settings:                                                              # earlier versions did not keep them
+        return "in settings, weights or precision"
+    changed = [f"{key} was {settings[key]}, here {value}" for key, value in settings_of(model).items()
+               if settings.get(key, value) != value]
+    return ", ".join(changed) or "its weights were others"
+
+
 def write_state(path, model, state, generator, seed):
     """To path: the state, and the random numbers to come."""
     tensors = tree_map(lambda x: x.cpu().clone() if torch.is_tensor(x) else x, state.model)
-    content = {"model": identity(model), "state": tensors, "unread": state.unread, "half": list(state.half),
-               "seed": seed, "rng": generator.get_state(), "device": generator.device.type}
+    content = {"model": identity(model), "settings": settings_of(model), "state": tensors, "unread": state.unread,
+               "half": list(state.half), "seed": seed, "rng": generator.get_state(), "device": generator.device.type}
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
 
@@ -229,7 +245,8 @@ def read_state(path, model, generator, seed):
         raise UserError(f"{path} is not a file that holds a state")
     try:
         carried = load_file(path, device)
-        same = carried["model"] == identity(model)
+        other = carried["model"] != identity(model)
+        why = difference(carried.get("settings", {}), model) if other else ""
         state = TextState(carried["state"], carried["unread"], bytes(carried["half"]))
     except FileNotFoundError:
         raise UserError(f"no state {path}: --save_state={path} writes it") from None
@@ -237,8 +254,9 @@ def read_state(path, model, generator, seed):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
-    if not same:
-        raise UserError(f"{path} is the state of another model: name its --out_dir, and its --precision")
+    if other:
+        raise UserError(f"{path} is the state of another model ({why}): use its --out_dir, or --init_from, and its "
+                        "--precision")
     if carried["seed"] == seed and carried["device"] == device.type:
         generator.set_state(carried["rng"].cpu())
     return state

@@ -27,13 +27,13 @@ from support.dataset import load_tokenizer
 PROGRAM, BYTES = Path(sample.__file__), load_tokenizer("bytes")
 
 
-def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, **options):
+def write_checkpoint(folder, vocab_size=257, tokenizer_hash=BYTES.hash, scale=0.2, **options):
     """What train.py would leave in folder, of a model that has not learned anything."""
     torch.manual_seed(0)
     config = {"vocab_size": vocab_size, "dim": 16, "depth": 2, "n_heads": 2, "seq_len": 16, "mixers": "linear window"}
     config |= {"window": 4} | options
     lm, data = LM(ModelConfig(**config)), {"tokenizer": "bytes", "tokenizer_hash": tokenizer_hash}
-    torch.nn.init.normal_(lm.embed.weight, std=0.2)                                # not quite uniform
+    torch.nn.init.normal_(lm.embed.weight, std=scale)                              # not quite uniform
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(dict.fromkeys(checkpoint.CHECKPOINT) | {"model": lm.state_dict(), "model_config": config, "data": data},
                folder / "ckpt.pt")
@@ -280,7 +280,15 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     i = whole.index(b"unread")
     assert "no state none" in refusal("--load_state=none")
     write_checkpoint(tmp_path / "other", window=3)
-    assert "a.state is the state of another model" in refusal("--load_state=a.state", "--out_dir=other")
+    assert "the state of another model (window was 4, here 3): use" in refusal("--load_state=a.state", "--out_dir=other")
+    write_checkpoint(tmp_path / "other", scale=0.3)
+    assert "another model (its weights were others): use" in refusal("--load_state=a.state", "--out_dir=other")
+    assert "another model (precision was fp32, here bf16): use" in refusal("--load_state=a.state", "--precision=bf16")
+    older = torch.load("a.state")
+    del older["settings"]                                                         # as before they were kept
+    torch.save(older, "older.state")
+    assert write("--load_state=older.state").out == write("--load_state=a.state").out
+    assert "another model (in settings, weights or" in refusal("--load_state=older.state", "--out_dir=other")
     for damaged in (whole[:-9], whole[:i] + b"U" + whole[i + 1:], b""):
         Path("a.state").write_bytes(damaged)
         assert "a.state is damaged or not a state" in refusal("--load_state=a.state")
