@@ -406,15 +406,15 @@ def hub_answers(source):
 
 
 def checkpoint_in(out_dir):
-    """out_dir, or UserError if it holds no checkpoint, which names the folder beside it that was trained in last."""
+    """out_dir, or UserError if it holds no checkpoint, which names those beside it, the one trained in last first."""
     if any(Path(out_dir, name).exists() for name in ("best.pt", "ckpt.pt")):
         return out_dir
     if Path(out_dir).is_file():
         raise UserError(f"out_dir is the folder of a training: to open a file, --init_from={shell(str(out_dir))}")
-    others = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    folder = shell(str(others[-1].parent)) if others else "..."
+    found = sorted(Path(out_dir).parent.glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    flags = [f"--out_dir={shell(str(path.parent))}" for path in found[:3]] or ["--out_dir=..."]
     raise UserError(f"no checkpoint {out_dir}/ckpt.pt: train first, or name the folder of a trained model, "
-                    f"--out_dir={folder}")
+                    + " or ".join(flags) + f" ({len(found)} in all)" * (len(found) > 3))
 
 
 def open_model(source, device="auto", precision="auto"):

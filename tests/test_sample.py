@@ -249,11 +249,15 @@ def test_a_text_continued_without_a_prompt_is_said_to_come_after_its_tokens(writ
     assert write("--load_state=a.state", "--prompt=x").err.splitlines()[-1].startswith("prompt: 1 token in ")
 
 
-def test_without_a_checkpoint_the_model_trained_last_is_named(refusal, tmp_path):
-    write_checkpoint(tmp_path / "runs/a")
-    write_checkpoint(tmp_path / "runs/b c")
-    os.utime("runs/a/ckpt.pt", (1, 1))
-    assert refusal("--out_dir=runs/none").endswith("name the folder of a trained model, --out_dir='runs/b c'\n")
+def test_without_a_checkpoint_the_models_trained_last_are_named_newest_first(refusal, tmp_path):
+    for time, name in enumerate(["a", "b c", "d", "e"]):
+        write_checkpoint(tmp_path / "runs" / name)
+        os.utime(f"runs/{name}/ckpt.pt", (time, time))
+    assert refusal("--out_dir=runs/none").endswith(
+        "a trained model, --out_dir=runs/e or --out_dir=runs/d or --out_dir='runs/b c' (4 in all)\n")
+    for name in ("d", "e"):
+        shutil.rmtree(f"runs/{name}")
+    assert refusal("--out_dir=runs/none").endswith("a trained model, --out_dir='runs/b c' or --out_dir=runs/a\n")
     assert refusal("--out_dir=none/none").endswith("name the folder of a trained model, --out_dir=...\n")
 
 
