@@ -165,6 +165,10 @@ def wanted_trackers(config):
 # A run while it goes
 
 
+# Of tqdm; desc is the time left. It fits 80 columns also late in a long run on a fast GPU.
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{desc}{postfix}]"
+
+
 class Journal:
     """What the first process of a run reports: to the log, the trackers and the terminal."""
 
@@ -190,7 +194,8 @@ class Journal:
         """A bar on a terminal; it counts steps, as all settings do."""
         size = shutil.get_terminal_size()                                         # tqdm would hide itself at 0 x 0
         self.pace = Pace(step, tokens, self.steps)
-        with progress(total=self.steps, initial=step, unit="step", ncols=size.columns, nrows=size.lines) as self.bar:
+        with progress(total=self.steps, initial=step, desc="?", bar_format=BAR, ncols=size.columns,
+                      nrows=size.lines) as self.bar:
             yield
 
     def write(self, step, tokens, **record):
@@ -203,10 +208,12 @@ class Journal:
         speed = self.pace.tokens_per_s(step, tokens)
         self.write(step, tokens, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=round(speed),
                    time=round(time.time(), 3))
-        self.bar.set_postfix_str(f"loss={loss:.3f}, {speed:,.0f} tok/s, mem={memory / 1e9:.2f} GB")
+        left = self.pace.seconds_left(step)
+        self.bar.set_description_str(self.bar.format_interval(left) if left >= 0 else "?", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s, {memory / 1e9:.1f} GB")
         if self.bar.disable:
             say(f"step {step}/{self.steps}: loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s, "
-                f"{memory / 1e9:.2f} GB, {self.pace.seconds_left(step) / 60:.1f} min left")
+                f"{memory / 1e9:.2f} GB" + (f", {duration(left)} left" if left > 0 else ""))
 
     def text(self, step, text):
         for tracker in self.trackers:
@@ -218,7 +225,10 @@ class Journal:
 
 
 class Pace:
-    """The speed of a run, and early on an estimate of how long it will take."""
+    """The speed of a run, and how long it will take: an estimate early on, then a mean that follows the speed slowly.
+
+    The first step counts for neither: it does what is done once, as compiling.
+    """
 
     def __init__(self, step, tokens, steps):
         self.first = step
@@ -235,7 +245,10 @@ class Pace:
     def tokens_per_s(self, step, tokens):
         """Since the last call."""
         now = (step, tokens, time.perf_counter())
-        speed, self.seconds_each = self.between(self.reported, now)
+        speed, seconds_each = self.between(self.reported, now)
+        if math.isnan(self.seconds_each) and step > self.first + 1:
+            self.seconds_each = seconds_each
+        self.seconds_each += 0.2 * (seconds_each - self.seconds_each)
         self.reported = now
         return speed
 
@@ -247,6 +260,7 @@ class Pace:
         return tokens / seconds, seconds / max(1, steps)
 
     def seconds_left(self, step):
+        """NaN until there was a second step."""
         return (self.steps - step) * self.seconds_each
 
     def is_due(self, step):
@@ -260,7 +274,9 @@ class Pace:
         now = (step, tokens, time.perf_counter())
         speed, seconds_each = self.between(self.began, now)
         self.began = now
-        first = step == self.first + 1                                            # with what is done once, as compiling
+        first = step == self.first + 1
+        if first:
+            self.reported = now
         if first and seconds_each < 20:
             return
         self.told = True

@@ -1,6 +1,7 @@
 """support/report.py: who watches a run sees all of it and changes nothing; a picture that cannot be drawn fails no run."""
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 import train
 from checkpoint import load_checkpoint
@@ -61,6 +63,36 @@ def test_early_in_a_run_it_is_said_how_long_it_will_take(run, monkeypatch):
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
     line = next(line for line in run("--max_steps=6", "--resume=false", "--log_interval=9").err.splitlines() if "steps left" in line)
     assert "for the 5 steps left" in line and line.endswith("if later steps take as long as the first")
+
+
+def test_the_time_left_leaves_out_the_first_step_and_follows_the_speed_slowly(monkeypatch):
+    now = 0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    pace = report.Pace(0, 0, 100)
+    left = []
+    for step, seconds in enumerate((60, 1, 1, 1, 6), 1):                          # compiling; a step that is held up
+        now += seconds
+        pace.tokens_per_s(step, 8 * step)
+        pace.forecast(step, 8 * step)
+        left.append(pace.seconds_left(step))
+    assert math.isnan(left[0]) and left[1:] == pytest.approx([98, 97, 96, 95 * 2])
+
+
+def test_a_resumed_runs_first_report_leaves_out_its_first_step(monkeypatch):
+    now = 0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    pace = report.Pace(40, 8 * 40, 100)
+    for step in range(41, 51):
+        now += 60 if step == 41 else 1
+        if pace.is_due(step):
+            pace.forecast(step, 8 * step)
+    assert pace.tokens_per_s(50, 8 * 50) == 8 and pace.seconds_left(50) == 50
+
+
+def test_the_bar_fits_80_columns_late_in_a_long_run_on_a_fast_gpu():
+    bar = tqdm.format_meter(19990, 20000, 5 * 3600, ncols=80, prefix=tqdm.format_interval(20 * 3600),
+                            postfix="loss 3.633, 1,170,000 tok/s, 70.4 GB", bar_format=report.BAR)
+    assert len(bar) == 80 and bar.endswith("19990/20000 [5:00:00<20:00:00, loss 3.633, 1,170,000 tok/s, 70.4 GB]")
 
 
 def test_durations_are_said_in_the_unit_that_suits_them():
