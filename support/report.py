@@ -176,9 +176,8 @@ class Journal:
         self.steps = run.config.max_steps
         warmup = run.config.warmup_steps
         if warmup >= self.steps:
-            say(f"warmup_steps={warmup} is not below max_steps={self.steps}: lr only rises, to "
-                f"{self.steps / (warmup + 1):.0%} of its peak; --warmup_steps={self.steps // 10} would leave it steps "
-                "to fall")
+            say(f"warning: warmup_steps={warmup} covers the whole run (max_steps={self.steps}): the learning rate only "
+                f"rises, to {self.steps / (warmup + 1):.0%} of its peak; try --warmup_steps={self.steps // 10}")
         self.log = None
         if RANK == 0:
             trackers = [tracker(run, fresh) for tracker in wanted_trackers(run.config)]

@@ -913,7 +913,7 @@ def test_metrics_have_the_fields_of_the_contract(run):
 def test_a_warmup_that_never_ends_is_said_to_end_with_so_much_of_the_peak(run, tmp_path):
     assert "warmup_steps" not in run("--warmup_steps=11", at="shorter").err
     for steps, share in ((12, 12 / 13), (23, 0.5)):
-        said = f"warmup_steps={steps} is not below max_steps=12: lr only rises, to {share:.0%} of its peak; --warmup_steps=1 "
+        said = f"warmup_steps={steps} covers the whole run (max_steps=12): the learning rate only rises, to {share:.0%} of its peak; try --warmup_steps=1\n"
         assert said in run(f"--warmup_steps={steps}", at=str(steps)).err
         assert max(r["lr"] for r in records(tmp_path / str(steps)) if "lr" in r) == pytest.approx(1e-2 * share)
 
