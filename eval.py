@@ -7,7 +7,6 @@
 A recurrent model reads a file of any length in one pass: each token is predicted from all before it, through the state.
 With softmax layers or learned positions it is read in windows of seq_len that overlap by half.
 """
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ help_first(__name__, __file__)
 from support.checks import at_least                                               # support comes before torch
 from support.files import read_text
 from support.machine import out_of_memory, say
+from support.report import print_json
 
 import torch
 from tqdm import tqdm
@@ -252,7 +252,7 @@ def main():
             result = measure_tasks(config, model, tokenizer, context)
         else:
             result = measure_text(config, model, tokenizer, context)
-    print(json.dumps(result))
+    print_json(result)
 
 
 def measure_tasks(config, model, tokenizer, context):

@@ -11,7 +11,6 @@ All files of a run are in out_dir: ckpt.pt (the latest state), best.pt (the lowe
 JSON object per logged step) and loss.png. The batch of a step depends only on (seed, step), so a resumed run needs no
 data state; grad_accum and the processes of torchrun only split it. Only the process of rank 0 writes.
 """
-import json
 import math
 import sys
 from contextlib import contextmanager, nullcontext
@@ -30,7 +29,7 @@ from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, comp
                              out_of_memory, peak_memory, pick_device, pick_precision, processes, progress, reduce,
                              run_and_leave, say, shard, stop_at_signals)
 from support.optim import Spikes, load_named_state, lr_at, make_optimizer, named_state, split_state
-from support.report import Journal, plot_losses, wanted_trackers
+from support.report import Journal, plot_losses, print_json, wanted_trackers
 
 import numpy as np
 import torch
@@ -417,7 +416,7 @@ def evaluate_only(config, model_config, checkpoint, data, device):
         say(f"{source} is ruined: its loss is not finite")
         raise SystemExit(1)
     if RANK == 0:
-        print(json.dumps(result))
+        print_json(result)
 
 
 def train(config, model_config, checkpoint, data, device):

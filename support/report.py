@@ -294,7 +294,7 @@ def duration(seconds):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables
+# Tables and lines of figures
 
 
 def short(cell):
@@ -309,6 +309,17 @@ def table(title, rows):
     for row in rows:
         print(f"| {' | '.join(map(short, row.values()))} |")
     sys.stdout.flush()
+
+
+def print_json(value):
+    """Prints one line of JSON: every digit for a file or a program, five on a terminal."""
+    print(json.dumps(rounded(value) if sys.stdout.isatty() else value))
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def spread(*columns):

@@ -1,5 +1,6 @@
 """eval.py: every token is predicted once, from all before it; the harness gets the log p of our own forward."""
 import gzip
+import io
 import itertools
 import json
 import math
@@ -99,6 +100,16 @@ def test_the_program_tells_bits_per_byte_of_a_file_and_says_what_each_token_was_
     for options in ({"pos": "learned"}, {"mixers": "linear softmax"}):
         write_checkpoint(tmp_path / "out", **options)
         assert json.loads(measure("--file=text.txt").out)["context"] == 16
+
+
+def test_a_terminal_gets_five_digits_and_a_file_all(measure, monkeypatch):
+    exact = json.loads(measure("--file=text.txt").out)
+    terminal = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    measure("--file=text.txt")
+    shown = json.loads(terminal.buffer.getvalue())
+    assert shown["loss"] == float(f"{exact['loss']:.5g}") != exact["loss"] and shown["tokens"] == exact["tokens"]
 
 
 @pytest.mark.parametrize("flags, message", [
