@@ -156,6 +156,17 @@ def wanted(kind):
     return words.get(kind) or (str(kind) if args else kind.__name__)
 
 
+def choices(kind):
+    """The words that an annotation allows, if it allows a few: ["True", "False", "auto"] of bool | Literal["auto"]."""
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
+    if origin is typing.Literal:
+        return [str(arg) for arg in args]
+    if origin in (typing.Union, types.UnionType) and any(typing.get_origin(arg) is typing.Literal for arg in args):
+        return [word for arg in args for word in (["True", "False"] if arg is bool else choices(arg))]
+    return []
+
+
 def readings(text):
     """What the text of a flag may mean; the first that fits the field is taken: 8*4 as a number, a,b as a list."""
     words = {"true": True, "false": False, "none": None}
@@ -401,7 +412,10 @@ def settings_in(text):
             comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
             hints = types.SimpleNamespace(__annotations__={"kind": ast.unparse(node.annotation)})
             kind = typing.get_type_hints(hints, vars(typing))["kind"]
-            yield group, node.target.id, default, f"{comment} ({wanted(kind)})".strip()
+            words = [word for word in choices(kind) if not re.search(rf"\b{word}\b", comment)]
+            if words:
+                comment = f"{comment} ({', '.join(choices(kind))})".strip()
+            yield group, node.target.id, default, comment
 
 
 # A program's beginning and end.
