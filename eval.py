@@ -31,21 +31,21 @@ from checkpoint import checkpoint_in, inference, load_plugin, open_model
 @dataclass
 class EvalConfig:
     # The model
-    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is used, or else ckpt.pt
-    init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
-    device: str = "auto"             # cpu, cuda, mps; auto picks the best available
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
+    out_dir: str = "out/base"        # folder of a trained model: its best.pt, or else its ckpt.pt, is used
+    init_from: str = ""              # use this instead of out_dir: a checkpoint file, a shared folder or a hub id
+    plugin: str = ""                 # Python file to run first, which may add to MIXERS and FEATURE_MAPS of model.py
+    device: str = "auto"             # cpu, cuda or mps; auto picks the best available
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # precision of the weights; auto: bf16 on CUDA, fp32 elsewhere
 
     # A text
-    file: str = ""                   # a text to read, in UTF-8; - is standard input
-    context: int = 0                 # tokens in a window; 0: all before, or seq_len where no fixed state holds them
+    file: str = ""                   # text file to measure, in UTF-8; - is standard input
+    context: int = 0                 # tokens per window; 0: all, or seq_len with softmax layers or learned positions
 
     # Tasks of lm-evaluation-harness
     tasks: str = ""                  # tasks of lm-evaluation-harness, separated by commas
-    task_dir: str = ""               # a folder with .yaml files of further tasks
-    limit: int = 0                   # documents of each task; 0 means all
-    batch_size: int = 16             # continuations of tasks to read at once
+    task_dir: str = ""               # folder with .yaml files of further tasks
+    limit: int = 0                   # documents per task; 0: all
+    batch_size: int = 16             # continuations of a task to read at once
 
     def __post_init__(self):
         if not (self.file or self.tasks):

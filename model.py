@@ -445,31 +445,31 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
 @dataclass
 class ModelConfig:
     # The model
-    vocab_size: int = 50257        # token ids are below this; train.py takes it from the dataset
-    dim: int = 512                 # model width
+    vocab_size: int = 50257        # size of the vocabulary; train.py takes it from the dataset
+    dim: int = 512                 # width of the model
     depth: int = 6                 # number of blocks
-    n_heads: int = 8               # heads H of every mixer but conv; a head is dim / n_heads wide
-    seq_len: int = 1024            # tokens T in a training sequence; no limit on later texts, except with pos=learned
-    mixers: str | list[str] = "linear"  # linear, window, softmax, conv, with spaces between; repeats over the layers
+    n_heads: int = 8               # heads H of every mixer but conv, each dim / n_heads wide
+    seq_len: int = 1024            # tokens T per training sequence; later texts can be longer, except with pos=learned
+    mixers: str | list[str] = "linear"  # linear, window, softmax, conv; several with spaces between repeat over depth
     causal: bool = True            # False: every token sees the whole text (encoders; linear and softmax mixers only)
-    pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # how positions enter
-    feature_map: str = "elu"       # linear: elu | relu | identity | silu_l2 | taylor, or your own in FEATURE_MAPS
-    feature_dim: int = 0           # linear: width of q and k per head, before the feature map; 0 means dim / n_heads
+    pos: Literal["none", "learned", "sinusoidal", "rope"] = "rope"  # position encoding
+    feature_map: str = "elu"       # linear: elu, relu, identity, silu_l2, taylor, or your own in FEATURE_MAPS
+    feature_dim: int = 0           # linear: width of q and k per head, before the feature map; 0: dim / n_heads
     expand_v: float = 1.0          # linear: width of v per head, in units of dim / n_heads
-    decay: Literal["none", "fixed", "gated"] = "none"  # linear: none, constant per head, or from each token
-    delta: bool = False            # linear: delta rule, write v minus what the state already answers to k
+    decay: Literal["none", "fixed", "gated"] = "none"  # linear: decay none, fixed per head, or gated by the token
+    delta: bool = False            # linear: use the delta rule: write v minus what the state already returns for k
     beta_max: float = 1.0          # linear: largest beta of the delta rule; above 1 a write can flip signs in the state
-    normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or RMSNorm each head's output
-    short_conv: bool = False       # all but conv: causal depthwise convolution over 4 tokens on q, k and v
+    normaliser: Literal["sum", "rms"] = "sum"  # linear: divide by the sum of weights, or apply RMSNorm per head (rms)
+    short_conv: bool = False       # all but conv: add a causal depthwise convolution over 4 tokens on q, k and v
     output_gate: bool = False      # linear: multiply the output by SiLU of a projection of the input
-    chunk_size: int = 64           # linear: tokens C in a chunk; the result depends on it by rounding only
-    window: int = 64               # window: tokens each token sees, itself included
-    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
-    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # the feed-forward half of a block
-    mlp_ratio: float = 4.0         # width of the MLP / dim; swiglu takes 2/3 of it, for equal parameters; 0: no MLP
-    tied: bool = True              # the output projection is the embedding
-    dropout: float = 0.0           # on the embedding and on every residual branch
-    tokenizer: str = ""            # the tokenizer that made the ids, name:hash; train.py takes it from the dataset
+    chunk_size: int = 64           # linear: tokens C per chunk; it changes the result by rounding only
+    window: int = 64               # window: tokens that each token sees, itself included
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm before each mixer and MLP, and at the end
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # kind of MLP in each block
+    mlp_ratio: float = 4.0         # width of the MLP in units of dim; swiglu 2/3 of it, for equal parameters; 0: no MLP
+    tied: bool = True              # use the embedding as the output projection too
+    dropout: float = 0.0           # dropout on the embedding and on every residual branch
+    tokenizer: str = ""            # tokenizer of the ids, as name:hash; train.py takes it from the dataset
 
     def __post_init__(self):
         if isinstance(self.mixers, str):

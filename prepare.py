@@ -54,22 +54,22 @@ cached_tokenizer = functools.lru_cache(load_tokenizer)  # a worker loads it once
 @dataclass
 class PrepareConfig:
     # The text
-    dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or a name of yours for data_files or hub
+    dataset: str = "c4"  # c4 (downloaded), stdlib (Python's own source), or any name for text of --data_files or --hub
     data_files: str = ""  # local files: a glob, or several separated by spaces or commas
     hub: str = ""  # a dataset of the Hugging Face hub, OWNER/NAME; or a local folder or file that `datasets` reads
-    config: str = ""  # the configuration of the hub dataset, if it has several
-    text_field: str = "text"  # the field or column of a record that holds its text
-    max_documents: int = 0  # with hub: use this many documents of each split; 0: all
+    config: str = ""  # configuration of the hub dataset, where it has several
+    text_field: str = "text"  # field or column of a record that holds its text
+    max_documents: int = 0  # with hub: documents to use of each split; 0: all
 
     # How it is cut
-    tokenizer: str = "auto"  # gpt2, bytes, or the path of a tokenizer.json; auto: bytes for stdlib and small texts
-    shards: str = "1"  # train shards of the downloaded C4, of 1024: N is the first N, a:b is a to b-1
+    tokenizer: str = "auto"  # gpt2, bytes, or a tokenizer.json; auto: bytes for stdlib and small texts, else gpt2
+    shards: str = "1"  # train shards of the downloaded C4, of 1024: N for the first N, a:b for a to b-1
     val_fraction: float = 0.05  # share of the text held out where no file or folder is named val or validation
 
     # Files and the machine
-    data_dir: str = "data"  # the dataset goes to data_dir/dataset
-    processes: int = 0  # worker processes; 0: one per core
-    max_bad: int = 10  # unreadable records to skip and report, per source, before giving up; 0: none
+    data_dir: str = "data"  # folder of the datasets; this one goes to data_dir/NAME
+    processes: int = 0  # number of worker processes; 0: one per core
+    max_bad: int = 10  # unreadable records to skip and report, per source, before giving up
     verify: bool = False  # check all files of the dataset, write the manifest that joins them, and stop
 
     def __post_init__(self):

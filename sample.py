@@ -43,30 +43,30 @@ from checkpoint import checkpoint_in, inference, load_file, load_plugin, open_mo
 @dataclass
 class SampleConfig:
     # The model
-    out_dir: str = "out/base"        # the folder of a trained model; its best.pt is used, or else ckpt.pt
-    init_from: str = ""              # instead of out_dir: a checkpoint file, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
-    device: str = "auto"             # cpu, cuda, mps; auto picks the best available
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 on CUDA, fp32 elsewhere
-    compile: bool | Literal["auto"] = "auto"  # compile the step of a token; auto: on CUDA for 50,000 tokens and more
+    out_dir: str = "out/base"        # folder of a trained model: its best.pt, or else its ckpt.pt, is used
+    init_from: str = ""              # use this instead of out_dir: a checkpoint file, a shared folder or a hub id
+    plugin: str = ""                 # Python file to run first, which may add to MIXERS and FEATURE_MAPS of model.py
+    device: str = "auto"             # cpu, cuda or mps; auto picks the best available
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # precision of the weights; auto: bf16 on CUDA, fp32 elsewhere
+    compile: bool | Literal["auto"] = "auto"  # compile the step of a token; auto: on CUDA, for 50,000 tokens or more
 
     # The prompt
-    prompt: str = ""                 # the text to continue; empty starts a new document
-    prompt_file: str = ""            # read the prompt from this file; - is standard input
+    prompt: str = ""                 # text to continue; empty: start a new document
+    prompt_file: str = ""            # file to read the prompt from; - is standard input
     interactive: bool = False        # answer each line of standard input; Ctrl-C ends an answer, Ctrl-D the program
 
     # The text
-    num_samples: int = 1             # texts to generate, all at once
-    max_new_tokens: int = 500        # length of a text at most, in tokens after the prompt
-    temperature: float = 0.8         # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
-    top_k: int = 0                   # choose among the k likeliest tokens; 0 means all
-    top_p: float = 1.0               # choose among the fewest tokens that hold this much probability
-    seed: int = 1337                 # the same seed gives the same text
+    num_samples: int = 1             # number of texts to generate, all at once
+    max_new_tokens: int = 500        # largest number of tokens to generate for a text or an answer
+    temperature: float = 0.8         # below 1 is safer, above 1 wilder; 0: always take the likeliest token
+    top_k: int = 0                   # choose among the k likeliest tokens; 0: among all
+    top_p: float = 1.0               # choose among the fewest tokens that together have this probability
+    seed: int = 1337                 # seed of the random numbers: the same seed gives the same text
     stop: bool = True                # end a text at its end-of-text token
 
     # Where it stopped
     save_state: str = ""             # save the state at the end of the text to this file
-    load_state: str = ""             # continue from there, with num_samples texts; a prompt is read after it
+    load_state: str = ""             # continue from the state in this file, num_samples times; a prompt is read next
 
     def __post_init__(self):
         at_least(self, 1, "num_samples", "max_new_tokens")

@@ -44,41 +44,41 @@ from checkpoint import (CHANGED, check_evaluation, clear, find_checkpoint, is_fi
 @dataclass
 class TrainConfig:
     # Data and folders
-    dataset: str = "c4"              # a folder of data_dir, written by prepare.py --dataset=...
-    data_dir: str = "data"           # where the datasets are
-    out_dir: str = "out/base"        # where the run is kept
-    init_from: str = ""              # start from the weights of an out_dir, a checkpoint, a shared folder or a hub id
-    plugin: str = ""                 # a Python file to run first: it may add to MIXERS and FEATURE_MAPS of model.py
+    dataset: str = "c4"              # name of the dataset: a folder of data_dir that prepare.py wrote
+    data_dir: str = "data"           # folder that holds the datasets
+    out_dir: str = "out/base"        # folder of the run: its checkpoints, log and loss curve
+    init_from: str = ""              # start from the weights of this out_dir, checkpoint file, shared folder or hub id
+    plugin: str = ""                 # Python file to run first, which may add to MIXERS and FEATURE_MAPS of model.py
 
     # Training
-    batch_size: int = 64             # sequences in an optimiser step, over everything
-    grad_accum: int = 4              # divides batch_size, to save memory; the result is the same (nanoGPT's multiplies)
-    max_steps: int = 20000           # optimiser steps
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    batch_size: int = 64             # sequences per optimiser step, over all pieces and processes
+    grad_accum: int = 4              # pieces to split a batch into, to save memory; same result (unlike nanoGPT's)
+    max_steps: int = 20000           # optimiser steps in the run
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw; or muon for the blocks' matrices, with adamw for the rest
     lr: float = 2e-4                 # peak learning rate
     warmup_steps: int = 200          # steps of linear warmup
-    decay_frac: float = 1.0          # last part of the run in which lr falls linearly to zero; 1: all after warmup
-    weight_decay: float = 0.1        # on matrices only
-    beta1: float = 0.9               # AdamW
-    beta2: float = 0.95              # AdamW
-    grad_clip: float = 1.0           # largest norm of the gradient; 0 leaves it as it is
-    seed: int = 1337                 # of the initial weights, the order of the data, and dropout
+    decay_frac: float = 1.0          # share of the steps after warmup, at their end, in which lr falls linearly to zero
+    weight_decay: float = 0.1        # weight decay, on matrices only
+    beta1: float = 0.9               # AdamW: decay of the running mean of the gradient
+    beta2: float = 0.95              # AdamW: decay of the running mean of its square
+    grad_clip: float = 1.0           # clip the norm of the gradient to this; 0: do not clip
+    seed: int = 1337                 # seed of the initial weights, the order of the data, and dropout
 
     # The machine
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto is bf16 where it is faster
-    device: str = "auto"             # cpu, cuda, cuda:1, mps; auto picks the best available
-    compile: bool | Literal["auto"] = "auto"  # torch.compile the blocks; auto does so on CUDA
-    shard: bool = False              # torchrun: split weights, gradients and optimiser over the processes (FSDP2)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # precision of matrix products; auto: bf16 where it is faster
+    device: str = "auto"             # cpu, cuda, cuda:1 or mps; auto picks the best available
+    compile: bool | Literal["auto"] = "auto"  # compile the blocks with torch.compile; auto: on CUDA only
+    shard: bool = False              # with torchrun: shard weights, gradients and optimiser over the processes (FSDP2)
 
     # Logs and checkpoints
     log_interval: int = 10           # steps between log lines
     eval_interval: int = 500         # steps between evaluations
-    eval_tokens: int = 2**17         # tokens of validation text in an evaluation, always the same ones
-    save_interval: int = 500         # steps between checkpoints; one is also saved before each evaluation
-    keep_last: int = 1               # checkpoints to keep: ckpt.pt, and ckpt-STEP.pt for those before it
-    max_skips: int = 20              # steps in a row with a non-finite loss or gradient before the run stops
-    skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; they are logged anyway
-    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto: resume a run of the same settings; True: there must be one; False: start over; changed: with other settings; changed_model: also with settings that change what the weights mean
+    eval_tokens: int = 2**17         # tokens of validation text per evaluation, always the same ones
+    save_interval: int = 500         # steps between checkpoints; each evaluation also saves one first
+    keep_last: int = 1               # number of checkpoints to keep: ckpt.pt, and those before it as ckpt-STEP.pt
+    max_skips: int = 20              # stop the run after so many skips in a row: steps of non-finite loss or gradient
+    skip_spikes: bool = False        # also skip steps whose loss is 6 sigma above the last 128; all are logged anyway
+    resume: bool | Literal["auto", "changed", "changed_model"] = "auto"  # auto: resume if out_dir has a run of the same settings; True: there must be one; False: start over; changed: resume with new settings; changed_model: even with settings that change what the weights mean
     tensorboard: bool = False        # also log to out_dir/tensorboard, with samples and the loss curve
     wandb_project: str = ""          # also log to this project of Weights & Biases; WANDB_MODE=offline needs no account
     eval_only: bool = False          # evaluate the checkpoint in out_dir, or init_from, and stop

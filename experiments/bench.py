@@ -48,19 +48,19 @@ from train import TrainConfig, evaluate
 
 @dataclass
 class BenchConfig:
-    parts: str = "train,eval,decode,op"  # what to measure; card: the checkpoint in out_dir
-    seq_lens: str = "256,1024,4096"  # lengths T to train, evaluate and run the operation at
+    parts: str = "train,eval,decode,op"  # what to measure: train, eval, decode, op; or card: out_dir's checkpoint
+    seq_lens: str = "256,1024,4096"  # lengths T at which to train, evaluate and run the operation
     positions: str = "100,10000"     # lengths of the text before the tokens that are decoded
-    prefill: int = 4096              # most tokens of it that are read; longer ones repeat the cache that these made
-    tokens: int = 8192               # tokens in a step: tokens / T sequences
-    decode_batch: str = "1"          # numbers of texts decoded at once
-    repeats: int = 5                 # measurements of each figure
+    prefill: int = 4096              # most tokens of such a text to read; a longer one repeats the cache of these
+    tokens: int = 8192               # tokens per step: tokens / T sequences
+    decode_batch: str = "1"          # numbers of texts to decode at once
+    repeats: int = 5                 # measurements per figure
     memory: bool = True              # also measure the memory of training
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
     compile: bool | Literal["auto"] = "auto"  # as for train.py
     json: str = ""                   # also write the figures to this file
-    plot: str = ""                   # also draw them to this file: needs matplotlib
+    plot: str = ""                   # also draw the figures to this file; needs matplotlib
 
     def __post_init__(self):
         for key in ("tokens", "prefill", "repeats"):

@@ -72,14 +72,14 @@ PAUSE = 10                                                                      
 
 @dataclass
 class CompareConfig:
-    lrs: str = ""                    # first learning rates to try, as 0.01,0.02; empty: each arm's own and half of it
-    seeds: int = 3                   # reported trainings of each arm, at its best learning rate
-    jobs: int = 1                    # trainings at a time on each GPU, or on the CPU, whose cores they share
-    minutes: float = 0.0             # stop training after this time, and report what is finished; 0 is no limit
+    lrs: str = ""                    # learning rates to try first, as 0.01,0.02; empty: each arm's own and half of it
+    seeds: int = 3                   # reported trainings per arm, at its best learning rate
+    jobs: int = 1                    # trainings to run at a time on each GPU, or on the CPU, whose cores they share
+    minutes: float = 0.0             # stop training after so many minutes, and report what is finished; 0: no limit
     longer: int = 4                  # length of the validation windows, in units of seq_len
-    out_dir: str = "out/compare"     # where the trainings and results.json are kept
+    out_dir: str = "out/compare"     # folder of the trainings and results.json
     checkpoints: bool = True         # False: delete the checkpoints of a training once its losses are known
-    plot: str = ""                   # also draw loss against position and time to this file: needs matplotlib
+    plot: str = ""                   # also draw loss against position and time to this file; needs matplotlib
     device: str = "auto"             # as for train.py; auto and cuda take every visible GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py
 

@@ -69,17 +69,17 @@ from model import LM, ModelConfig, state_bytes
 
 @dataclass
 class RecallConfig:
-    full: bool = False               # the published setting: hours on a CPU
-    smoke: bool = False              # the published sizes with few steps: shows in a minute or two that all works
-    minutes: float = 0.0             # stop training after this time; 0 is no limit
-    only: str = ""                   # configurations or families to run (based, "elu d64"), with commas; "": all
-    seeds: int = 0                   # runs of each configuration and learning rate; 0: as in the setting
+    full: bool = False               # run the published setting: hours on a CPU
+    smoke: bool = False              # run a few steps in the published sizes, to see in a minute or two that all works
+    minutes: float = 0.0             # stop training after so many minutes; 0: no limit
+    only: str = ""                   # configurations or families to run, with commas: based, "elu d64"; empty: all
+    seeds: int = 0                   # runs per configuration and learning rate; 0: as in the setting
     epochs: int = 0                  # passes over the training set; 0: as in the setting
-    workers: int = 0                 # processes that share the machine; 0: one per core, at most 6 on each GPU
+    workers: int = 0                 # processes that share the machine; 0: one per core, at most 6 per GPU
     device: str = "auto"             # as for train.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as for train.py, but auto is fp32 on a CPU
-    compile: bool = True             # torch.compile and CUDA graphs; on a CPU neither is used
-    out_dir: str = ""                # where the runs are kept; out/recall/small, full or smoke by default
+    compile: bool = True             # use torch.compile and CUDA graphs; neither is used on a CPU
+    out_dir: str = ""                # folder of the runs; empty: out/recall/small, full or smoke
 
     def __post_init__(self):
         for key in ("minutes", "seeds", "epochs", "workers"):
