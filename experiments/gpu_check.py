@@ -46,7 +46,7 @@ BELOW = 0.95                                                                    
 
 @dataclass
 class CheckConfig:
-    presets: str = ",".join(PRESETS)  # of config/, with commas
+    presets: str = ",".join(PRESETS)  # presets of config/, with commas
     tests: bool = True               # also run the kernel tests
     save: bool = False               # keep the ratios of this run for this card
     json: str = ""                   # also write all figures to this file

@@ -30,7 +30,7 @@ class ParityConfig:
     steps: int = 700                 # training steps
     batch_size: int = 64             # sequences in a step
     bits: int = 40                   # bits of a training sequence
-    lr: float = 3e-2                 # falls linearly to 0 in the second half
+    lr: float = 3e-2                 # learning rate, which falls linearly to 0 in the second half
     dim: int = 32                    # width of the model
     depth: int = 1                   # layers of the model
     seeds: int = 3                   # trainings of each kind
