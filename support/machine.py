@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from contextlib import contextmanager
 
 import torch
@@ -103,8 +102,6 @@ def pick_precision(precision, device):
     if precision == "bf16" and speedup < 1:
         say(f"warning: bf16 matrix products run at {speedup:.2g} times the speed of fp32 here; "
             "--precision=fp32 is faster")
-    # Of RMSNorm, whose weights stay fp32 beside bf16 matrices: the same numbers, by the slower of its kernels.
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     return "bf16" if precision == "bf16" or speedup > 1.5 else "fp32"
 
 
