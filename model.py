@@ -10,7 +10,7 @@ query can be taken out of the sum. For the numerator (the denominator is the sam
     y_t = sum_{j<=t} (q_t . k_j) v_j = S_t^T q_t      with      S_t = sum_{j<=t} k_j v_j^T = S_{t-1} + k_t v_t^T
 
 S is one matrix per head, however long the text: generating a million tokens takes no more memory than generating one.
-The softmax's 1 / sqrt(d), left out above, is up to phi: a constant factor of phi(q) . phi(k) cancels in the division.
+The softmax's 1 / sqrt(d), left out above, is left to phi: a constant factor of all weights cancels in the division.
 A decay forgets: S_t = exp(g_t) S_{t-1} + k_t v_t^T, so at token t, what token j wrote has the weight
 exp(g_{j+1} + ... + g_t).
 
@@ -26,7 +26,8 @@ The letters, and what the papers call them:
     K, V        width per head of q and k, and of v     D       width of the model
     q, k, v     phi(Q_i), phi(K_i), V_i in [1, Eq. 4]
     S           the state (B,H,K,V); S_i in [1, Eq. 18], transposed in [5, 6]
-    g, G        log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]; its running sum
+    g           log decay (B,H,T), at most 0; log gamma in [3, Eq. 6], log alpha_t in [6]
+    G           running sum of g, from the start of the text or of the chunk
     b           write strength of the delta rule (B,H,T), beta_t in [4, 5, 6]
     u           what the delta rule writes in place of v [5, Eq. 5]
 
@@ -61,11 +62,11 @@ except ImportError:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plain linear attention, three times. What is left after decay, with G_i = g_1 + ... + g_i over the text or the chunk:
+# Plain linear attention, three times. Decay enters as three factors, with G_i = g_1 + ... + g_i over the text or chunk:
 #
-#     decay[i, j]       exp(G_i - G_j)    of the write of token j, at token i >= j; 0 for j > i
-#     since_start[i]    exp(G_i)          of the state before the first token, at token i
-#     until_end[j]      decay[last, j]    of the write of token j, at the last token
+#     decay[i, j]       exp(G_i - G_j)    the fraction of what token j wrote that is left at token i >= j; 0 for j > i
+#     since_start[i]    exp(G_i)          the fraction of the state before the first token that is left at token i
+#     until_end[j]      decay[last, j]    the fraction of what token j wrote that is left at the last token
 #
 # Without decay all of these are 1, except that decay[i, j] = 0 for j > i. `decays`, below the forms, computes them.
 
@@ -73,7 +74,7 @@ except ImportError:
 def quadratic(q, k, v, g, S):
     """All pairs of tokens: y = (q k^T * decay) v, plus what each query still reads of the state S before them."""
     decay, since_start, until_end = decays(g)
-    y = (q @ k.mT * decay) @ v + (q * since_start) @ S
+    y = ((q @ k.mT) * decay) @ v + (q * since_start) @ S
     S = since_start[:, :, -1:] * S + (k * until_end).mT @ v
     return y, S
 
@@ -96,11 +97,11 @@ def chunked(q, k, v, g, S, chunk_size):
     # 1. Cut time into N chunks: (B,H,T,.) becomes (B,H,N,C,.).
     q, k, v, g = (x.unflatten(2, (-1, chunk_size)) for x in (q, k, v, g))
     decay, since_start, until_end = decays(g)
-    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1): of the state, at the chunk's end
+    kept = since_start[..., -1:, :]                                   # (B,H,N,1,1), of S, which stays fp32
     decay, since_start, until_end = (x.to(q.dtype) for x in (decay, since_start, until_end))
 
     # 2. In each chunk: what its queries read from its own tokens, and what it adds to the state.
-    inside = (q @ k.mT * decay) @ v                                   # (B,H,N,C,V)
+    inside = ((q @ k.mT) * decay) @ v                                 # (B,H,N,C,V)
     added = ((k * until_end).mT @ v).to(S.dtype)                      # (B,H,N,K,V)
 
     # 3. From chunk to chunk: the recurrence.
@@ -116,8 +117,9 @@ def chunked(q, k, v, g, S, chunk_size):
 
 def decays(g):
     """The three factors above, of the L tokens of g (...,L): (...,L,L), (...,L,1), (...,L,1)."""
-    # Where exp(g) underflows, the state is reset. Such a g is left out of the sums: added in, it would swamp all later
-    # terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones are.
+    # Where exp(g) is 0, or so small that it loses digits, the state is reset. Such a g is left out of the sums: added
+    # in, it would swamp all later terms, or give inf - inf. Instead, tokens before a reset are masked, as future ones
+    # are. The token of the reset itself writes after it, and stays.
     is_reset = g < math.log(torch.finfo(g.dtype).smallest_normal)
     # In float64: in fp32, large terms would cost small ones their digits.
     G = float64(g.masked_fill(is_reset, 0)).cumsum(-1)
@@ -126,8 +128,9 @@ def decays(g):
     i = token[:, None]
     j = token
     masked = (j > i) | (j < last_reset[..., None])
-    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN. Not exp(G_i) * exp(-G_j): that overflows.
+    # One exp of the difference: in exp(G_i) * exp(-G_j) the second factor overflows.
     log_decay = (G[..., :, None] - G[..., None, :]).to(g.dtype)
+    # Mask before exp, which can overflow above the diagonal: inf * 0 is NaN.
     decay = log_decay.masked_fill(masked, -math.inf).exp()
     since_start = G.to(g.dtype).exp().masked_fill(last_reset >= 0, 0)
     until_end = decay[..., -1, :]
@@ -155,7 +158,7 @@ def unbind(*xs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The delta rule writes b (v - what S already answers to k): it corrects the state instead of adding to it. That is
+# The delta rule writes b (v - what S already returns for k): it corrects the state instead of adding to it. That is
 #
 #     S_t = (I - b k k^T) S' + b k v^T      with      S' = exp(g_t) S_{t-1}
 #
@@ -181,7 +184,7 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
     since S' holds what is left of S and of the earlier writes. With the tokens of a chunk as rows, and
     A_ij = b_i decay_ij (k_i . k_j) for j < i, this is one triangular system, (I + A) u = b v - b exp(G) (k S). S is
-    known only inside the loop over chunks, but u is affine in it, so all is solved before the loop: u = own - seen S,
+    known only inside the loop over chunks, but u is affine in it, u = own - seen S, and both parts are solved before:
 
         own = (I + A)^-1 (b v)      and      seen = (I + A)^-1 (b exp(G) k)      [5, Eq. 8 to 10]
     """
@@ -205,7 +208,7 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
         writes.append(u)
         S = kept_n * S + k_end_n @ u
 
-    inside = (q @ k.mT * decay) @ torch.stack(writes, dim=2)
+    inside = ((q @ k.mT) * decay) @ torch.stack(writes, dim=2)
     y = inside + (q * since_start) @ torch.stack(starts, dim=2)
     return y.flatten(2, 3), S
 
@@ -215,10 +218,14 @@ def delta_chunked(q, k, v, g, b, S, chunk_size):
 
 
 def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
-    """Linear attention by its definition, all pairs of tokens: O(T^2).
+    """Linear attention by its definition, all pairs of tokens: O(T^2). With beta, the delta rule as one chunk.
 
-    Args: q, k (B,H,T,K), after the feature map, any T >= 1; v (B,H,T,V); log_decay (B,H,T), at most 0 (-inf resets the
-      state); beta (B,H,T), in [0, 2], for the delta rule, whose keys have length 1; state (B,H,K,V), None for zeros.
+    Args:
+      q, k: (B,H,T,K), after the feature map, any T >= 1.
+      v: (B,H,T,V).
+      log_decay: (B,H,T), at most 0; -inf resets the state.
+      beta: (B,H,T), in [0, 2], for the delta rule, whose keys have length 1.
+      state: (B,H,K,V), None for zeros.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token (B,H,K,V), fp32 or wider. Pass it to the next call
       to continue the sequence: any split gives the same result.
     Raises: ValueError when shapes do not fit.
@@ -251,7 +258,8 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     """Linear attention in chunks of C = chunk_size tokens: O(T (C (K + V) + K V)), in Triton where that is available.
 
     Arguments as for linear_attention_quadratic.
-    In Triton, products run in bf16 for bf16 inputs, in tf32 for fp16, and for fp32 as three tf32 products (error 1e-6).
+    In Triton, products of bf16 inputs run in bf16, of fp16 inputs in tf32, which has their digits and more range, and
+    of fp32 inputs as three tf32 products each (error 1e-6).
     """
     check_shapes(q, k, v, log_decay, beta, state, chunk_size)
     if kernels.available(q, v):
@@ -260,7 +268,7 @@ def linear_attention_chunked(q, k, v, log_decay=None, beta=None, state=None, *, 
     chunk_size = min(chunk_size, T)
     *tokens, S = widened(q, k, v, log_decay, beta, state)
     if beta is None and speedups.multiplies_bf16(q):
-        tokens[:3] = q, k, v                                          # not widened: `chunked` multiplies them in bf16
+        tokens[:3] = q, k, v                                          # as they are: `chunked` multiplies them in bf16
     tokens = [pad_time(x, -T % chunk_size) for x in tokens]
     with torch.autocast(q.device.type, enabled=False):
         if beta is None:
@@ -309,7 +317,7 @@ def rope_table(positions, width):
     """cos and sin, each (T,ceil(width/2)), of the angles positions * 10000^(-2i/width) [7, Eq. 15]."""
     even = float64(torch.arange(0, width, 2, device=positions.device))    # 2i
     frequency = 10000.0 ** (-even / width)
-    angle = float64(positions)[:, None] * frequency                   # in fp32, 0.06 rad off at 10^6
+    angle = float64(positions)[:, None] * frequency                   # fp32: 0.06 rad off at 10^6
     return angle.cos(), angle.sin()
 
 
@@ -333,7 +341,8 @@ def rotate(x, table):
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A feature map phi and its properties. Your own is one more entry of FEATURE_MAPS, chosen by feature_map=NAME."""
+    """A feature map phi and its properties, by which a configuration is checked. Your own is one more entry of
+    FEATURE_MAPS, chosen by feature_map=NAME."""
 
     phi: Callable                # (...,d) -> (...,K)
     positive: bool = False       # phi(q) . phi(k) >= 0 for all q and k: the sum normaliser may divide by it
@@ -344,9 +353,10 @@ class FeatureMap:
     def pairs(self, q, k, rope):
         """phi and rope of q, k (B,H,T,d): q, k for the numerator and q_den, k_den for the denominator.
 
-        Rope turns features as it turns the q and k of a softmax: their product depends on t - j alone, and S simply
-        stores rotated keys. Only the numerator is turned, since turned features can have negative products. With
-        rotate_first phi comes last, so that a positive phi stays positive, and both pairs are the same tensors.
+        Rope turns features as it turns the q and k of a softmax: positions enter their product only through t - j, and
+        S simply stores rotated keys. Turned features can have negative products, so only the numerator is turned, where
+        a negative weight does no harm. With rotate_first phi comes last: a positive phi stays positive, and both pairs
+        are the same tensors.
         """
         if self.rotate_first:
             q = self.features(rotate(q, rope))
@@ -362,7 +372,7 @@ class FeatureMap:
 
 
 def elu(x):
-    """ELU(x) + 1 [1, Eq. 7]: x + 1, and exp(x) below 0. Computed as ELU, plus 1, it would be 0 below -6 in bf16."""
+    """ELU(x) + 1 [1, Eq. 7]: x + 1, and exp(x) below 0. In bf16, F.elu(x) + 1 would round to 0 below -6."""
     if x.dtype.itemsize > 2:
         return F.elu(x) + 1
     if x.is_cpu:
@@ -409,14 +419,19 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
 
         y_t = sum_{j<=t} (q_t . k_j) v_j / sum_{j<=t} (q_den_t . k_den_j)
 
-    The denominator is what the same form returns when every value is 1. Where rope turns features, q_den and k_den are
-    those before it, so that the sum stays positive; the weights then need not sum to 1 [7, Eq. 19]. Else they are q, k.
+    The denominator is what the same form returns when every value is 1. q_den and k_den are q and k, except where rope
+    turns features: then they are the features before rope, and their sum stays positive. The weights of the numerator
+    can be negative then, and need not sum to the denominator [7, Eq. 19].
 
-    Args: form, a linear_attention_*, and its options; q_den, k_den shaped as q and k; state (B,H,K,V+1): S, and Z, the
-      column of the denominator. Returns: y (B,H,T,V) in q.dtype; the state after the last token.
+    Args:
+      form: a linear_attention_*; options are its own.
+      q_den, k_den: shaped as q and k.
+      state: (B,H,K,V+1), which is S (B,H,K,V) and Z (B,H,K,1), the state of the denominator.
+    Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    in_kernels = {linear_attention_chunked: kernels.available, linear_attention_recurrent: kernels.takes_step}
-    if form in in_kernels and in_kernels[form](q, v):
+    chunks_in_kernels = form is linear_attention_chunked and kernels.available(q, v)
+    token_in_kernel = form is linear_attention_recurrent and kernels.takes_step(q, v)
+    if chunks_in_kernels or token_in_kernel:
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
     # A form returns y in the dtype of q. The denominator must not be rounded, so its arguments are fp32.
     dtype = q.dtype
@@ -466,7 +481,7 @@ class ModelConfig:
     window: int = 64               # window: tokens that each token sees, itself included
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm before each mixer and MLP, and at the end
     mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"  # kind of MLP in each block
-    mlp_ratio: float = 4.0         # width of the MLP in units of dim; swiglu 2/3 of it, for equal parameters; 0: no MLP
+    mlp_ratio: float = 4.0         # width of the MLP in units of dim (swiglu takes 2/3 of it); 0: no MLP
     tied: bool = True              # use the embedding as the output projection too
     dropout: float = 0.0           # dropout on the embedding and on every residual branch
     tokenizer: str = ""            # tokenizer of the ids, as name:hash; train.py takes it from the dataset
@@ -496,7 +511,7 @@ class ModelConfig:
 
 
 class Projection(nn.Linear):
-    """x W^T, without a bias. With several widths W stacks one matrix for each, and Muon updates each separately."""
+    """x W^T, without a bias. Given several widths, W stacks one matrix per width; the Muon optimizer updates each."""
 
     def __init__(self, width_in, *parts):
         super().__init__(width_in, sum(parts), bias=False)
@@ -507,7 +522,7 @@ class Projection(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, in the dtype of the weight: decoding in bf16 keeps that in fp32."""
+    """x / rms(x) * weight, in the dtype of the weight, which stays fp32 when the model decodes in bf16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6)
@@ -569,7 +584,7 @@ class LinearAttention(nn.Module):
         y, S = speedups.checkpointed(self.attend, q, k, v, S, ropes.get(q.shape[-1]))
         return self.out(merge_heads(y)), (None, S)
 
-    def attend(self, q, k, v, S, rope, log_decay=None):
+    def attend(self, q, k, v, S, rope, log_decay=None):               # ExtendedLinearAttention gives a decay
         q, k, q_den, k_den = self.map.pairs(q, k, rope)
         form, options = self.choose_form(q)
         return normalised(form, q, k, v, q_den, k_den, log_decay, S, **options)
@@ -731,7 +746,8 @@ class GatedConv(nn.Module):
 #   x, y: (B,T,D), any T >= 1. Any split of a text over calls must give what one call gives.
 #   state: None at the start of a text, else what the last call returned: tensors on x.device with first dimension B, or
 #     nested tuples, lists and dicts of them and None. On a GPU, decoding is recorded as a CUDA graph once the shapes
-#     stay the same. A state with Python numbers, which a graph would freeze, works as well, but is not recorded.
+#     stay the same, so a mixer must not read numbers back from the device, as .item() does. A state with Python
+#     numbers, which a graph would freeze, works as well, but is not recorded.
 #   out: the name of its last projection, if it has one, which then starts with smaller weights, as in GPT-2.
 #   ropes: {head width: rope_table}, empty unless pos=rope.
 # Add yours here, or in a file of your own that train.py, sample.py and eval.py import by --plugin=FILE:
@@ -839,7 +855,7 @@ class LM(nn.Module, HubMixin):
         config = self.config
         T = idx.shape[1]
         require(T > 0, "there must be at least one token to read")
-        require(state is None or config.causal, "causal=False reads a text whole: it cannot continue a state")
+        require(state is None or config.causal, "causal=False needs the whole text at once: it cannot continue a state")
         if state is None:
             state = {"tokens": idx.new_zeros(()), "layers": [None] * config.depth}
         positions = state["tokens"] + torch.arange(T, device=idx.device)
@@ -883,17 +899,18 @@ class LM(nn.Module, HubMixin):
                                              self.config.vocab_size, self.softmax_loss)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1, top_k=0, top_p=1.0, generator=None, state=None, piece=4096,
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, state=None, piece=4096,
                  compiled=False):
         """Yields one token for each text of idx (B,T), max_new_tokens times. Memory grows only with softmax mixers.
 
         Linear mixers read the prompt, in pieces, by the chunked form, and each new token by the recurrent one.
-        temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest that together
-        have probability top_p. compiled: use torch.compile for single tokens; compiling takes about a minute.
+        temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the smallest set of the
+        likeliest whose probabilities add up to top_p. compiled: use torch.compile for single tokens, which takes about
+        a minute.
         Yields: (tokens (B,), the state before reading them). On a GPU the next step overwrites it: clone it to keep it.
         """
         def step(idx, state):
-            logits, state = self.read(idx, state)
+            logits, state = self.next_logits(idx, state)
             return choose(logits, temperature, top_k, top_p, generator), state
 
         if self.config.pos != "learned":                              # its length check reads a number from the device
@@ -906,7 +923,7 @@ class LM(nn.Module, HubMixin):
             yield token, state
             idx = token[:, None]
 
-    def read(self, idx, state=None):
+    def next_logits(self, idx, state=None):
         """Reads idx (B,T) and predicts the next token alone: (logits (B,vocab_size), state)."""
         x, state = self.hidden(idx, state)
         return self.logits(x[:, -1]), state
@@ -925,8 +942,8 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         likelier = p.cumsum(-1) - p                                   # the probability of all likelier tokens
         dropped = (likelier >= top_p) & (likelier > 0)                # the likeliest always stays
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
-    # As torch.multinomial draws one token, but without its checks, which wait for the GPU: with noise ~ Exp(1), the
-    # largest p / noise is that of each token with its probability p.
+    # With noise ~ Exp(1), argmax(p / noise) is each token with its probability p. That is how torch.multinomial draws a
+    # token, but its checks wait for the GPU.
     p = logits.softmax(-1)
     noise = torch.empty_like(p).exponential_(generator=generator)
     return (p / noise).argmax(-1)
