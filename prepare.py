@@ -430,7 +430,7 @@ def difference(folder, record, options, source):
         asked = asked | {"source": "among the files given now"}
     for key, value in asked.items():
         if made.get(key) != value:
-            return (f"{folder} was made with {key} {made.get(key)}, not {value}: use another --dataset name, or "
+            return (f"{folder} was made with {key} {made.get(key, 'unset')}, not {value}: use another --dataset name, or "
                     "delete that folder")
     return changed(folder, source) if source and source.size != made["source_bytes"] else ""
 

@@ -22,7 +22,7 @@ from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__, "model.py")
 
-from support.checks import at_least, check_mixers, require                        # support comes before torch
+from support.checks import at_least, check_choices, check_mixers, require                        # support comes before torch
 from support.dataset import Dataset, Windows, load_tokenizer
 from support.files import locked
 from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,
@@ -88,6 +88,7 @@ class TrainConfig:
             "keep_last", "resume", "eval_only", "shard", "tensorboard", "wandb_project", "plugin"}
 
     def __post_init__(self):
+        check_choices(self)
         at_least(self, 1, "batch_size", "grad_accum", "max_steps", "log_interval", "eval_interval", "eval_tokens",
                  "save_interval", "keep_last", "max_skips")
         at_least(self, 0, "warmup_steps", "lr", "weight_decay", "grad_clip", "seed", "decay_frac", "beta1", "beta2")

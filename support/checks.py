@@ -35,9 +35,7 @@ def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
 
 def check_config(config, mixers, feature_maps):
     """A ModelConfig, with the MIXERS and FEATURE_MAPS that there are."""
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal:
-            check_choice(name, getattr(config, name), get_args(kind))
+    check_choices(config)
     check_choice("feature_map", config.feature_map, feature_maps, " (one of your own needs --plugin=FILE)")
     at_least(config, 1, "vocab_size", "dim", "depth", "n_heads", "seq_len", "chunk_size", "window")
     at_least(config, 0, "feature_dim", "mlp_ratio", "dropout")
@@ -58,6 +56,13 @@ def check_config(config, mixers, feature_maps):
         check_linear(config, feature_maps[config.feature_map])
     if not config.causal:
         check_without_order(config)
+
+
+def check_choices(config):
+    """The settings that have few values, for a config that was made in Python: those of a command line fit already."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            check_choice(name, getattr(config, name), get_args(kind))
 
 
 def check_choice(name, value, legal, hint=""):

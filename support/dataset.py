@@ -16,7 +16,7 @@ from typing import Callable
 
 import numpy as np
 
-from configurator import UserError, shell
+from configurator import UserError, shell, show
 from support.files import file_sha256, replacing
 
 END = "<|endoftext|>"  # the name of end-of-text
@@ -202,17 +202,25 @@ def read_sealed(path):
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a file")
-        data = path.read_bytes()
-        content = json.loads(data)
-        del content["checksum"]
-        if seal(content) != data:
-            raise ValueError("its checksum does not fit")
+        content = unseal(path.read_bytes())
         check_content(content)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): do you have permission?") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         problem = f"{path} is damaged or of another version ({error})"
         raise UserError(f"{problem}: {remake(path.parent, problem)}") from None
+    return content
+
+
+def unseal(data):
+    """The content of which seal() made these bytes; ValueError if it did not."""
+    try:
+        content = json.loads(data)
+        whole = type(content) is dict and content.pop("checksum", None) and seal(content) == data
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not whole:
+        raise ValueError("its checksum does not fit")
     return content
 
 
@@ -226,35 +234,51 @@ BIN = re.compile(r"(train|val)[A-Za-z0-9_-]*\.bin")  # the names of token files;
 def check_content(content):
     """ValueError where a record or manifest, whose checksum anyone can make, says what prepare.py never writes."""
     check_number(content, "version", 1, 1)
-    if content["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"dtype {content['dtype']!r}")
     check_number(content, "vocab_size", 1, 2**31)
-    for key in ("tokenizer", "tokenizer_hash"):
-        if type(content[key]) is not str:
-            raise ValueError(f"{key} {content[key]!r}")
-    tokenizer = (content["tokenizer"], content["vocab_size"])
-    known = TOKENIZERS.get(content["tokenizer_hash"])
-    if known and tokenizer != known or not known and not tokenizer[0].endswith(".json"):
-        raise ValueError(f"tokenizer {tokenizer[0]!r}, which its hash is not of")
-    for name, entry in content["files"].items():
-        match = BIN.fullmatch(name)
-        if not match or match[1] != entry["split"]:
-            raise ValueError(f"a file {name!r}")
-        for key in ("tokens", "documents", "bytes"):
-            check_number(entry, key, 0, 2**53)
-        if entry["tokens"] and not entry["bytes"]:
-            raise ValueError(f"{entry['tokens']} tokens without text")
-        for key in entry.keys() & {"bad", "empty", "repaired", "nul", "source_bytes"}:
-            check_number(entry, key, 0, 2**53)
-        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            raise ValueError(f"sha256 {entry['sha256']!r}")
-        if not all(type(example) is str for example in entry.get("examples", [])):
-            raise ValueError("examples that are not text")
+    if field(content, "dtype", str) not in ("uint16", "uint32"):
+        raise ValueError(f"dtype: {content['dtype']}")
+    tokenizer = field(content, "tokenizer", str)
+    known = TOKENIZERS.get(field(content, "tokenizer_hash", str))
+    if known and known != (tokenizer, content["vocab_size"]) or not known and not tokenizer.endswith(".json"):
+        raise ValueError(f"tokenizer: {tokenizer}, which its hash is not of")
+    if content.get("origin") == "hub":
+        field(content, "revision", str)
+        for split in field(content, "shards", dict):
+            check_number(content["shards"], split, 0, 2**31)
+    for name in field(content, "files", dict):
+        check_entry(name, field(content["files"], name, dict))
+
+
+def check_entry(name, entry):
+    """As check_content, for what it says of one token file."""
+    match = BIN.fullmatch(name)
+    if not match or match[1] != field(entry, "split", str):
+        raise ValueError(f"a file {name!r} of split {entry.get('split')!r}")
+    field(entry, "source", str)
+    skipped = entry.keys() & {"bad", "empty", "repaired", "nul"}
+    for key in ("tokens", "documents", "bytes", "source_bytes", *skipped):
+        check_number(entry, key, 0, 2**53)
+    if entry["tokens"] and not entry["bytes"]:
+        raise ValueError(f"{entry['tokens']} tokens without text")
+    if not re.fullmatch("[0-9a-f]{64}", field(entry, "sha256", str)):
+        raise ValueError(f"sha256: {entry['sha256']}")
+    if not all(type(example) is str for example in field(entry, "examples", list, [])):
+        raise ValueError("examples that are not text")
+
+
+def field(content, key, kind, default=None):
+    """content[key]; ValueError, in the words of JSON, where it is missing or of another kind."""
+    value = content.get(key, default)
+    if value is None and key not in content:
+        raise ValueError(f"no {key}")
+    if type(value) is not kind:
+        raise ValueError(f"{key}: {show(value, json.dumps)}")
+    return value
 
 
 def check_number(content, key, low, high):
-    if type(content[key]) is not int or not low <= content[key] <= high:
-        raise ValueError(f"{key} {content[key]!r}")
+    if not low <= field(content, key, int) <= high:
+        raise ValueError(f"{key}: {content[key]}")
 
 
 def bin_problems(folder, content, whole=False):

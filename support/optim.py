@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from support import speedups
+from support.checks import check_choice
 
+OPTIMIZERS = ("adamw", "muon")  # values of train.py's setting
 # The blocks' matrices, which Muon takes.
 HIDDEN = ("qkv", "out", "up", "gate", "both")
 
@@ -43,6 +45,7 @@ def make_optimizer(model, config):
 
 def parameter_groups(model, optimizer):
     """{kind: names of its parameters}, in the order in which an optimiser counts them."""
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     groups = {"matrix": [], "vector": [], "hidden": []}
     for name, p in model.named_parameters():
         kind = "matrix"

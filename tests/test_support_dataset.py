@@ -1,4 +1,5 @@
 """support/dataset.py: tokens are those of the text, damage is found, and windows of them depend on (seed, number) alone."""
+import json
 import os
 import re
 import time
@@ -112,6 +113,39 @@ def test_a_manifest_with_a_good_checksum_is_damaged_where_it_says_what_prepare_n
     dataset.write_sealed(path, manifest)
     with pytest.raises(UserError, match="manifest.json is damaged"):
         dataset.read_manifest(path.parent)
+
+
+def test_what_is_missing_or_null_in_a_manifest_is_said_in_the_words_of_json(tmp_path):
+    run(tmp_path, write_c4(tmp_path, shards=1, documents=3))
+    good = (tmp_path / "data/c4/manifest.json").read_bytes()
+    bad = tmp_path / "manifest.json"
+    keys = [("files",), ("dtype",), ("tokenizer",), ("tokenizer_hash",), ("version",), ("vocab_size",)]
+    keys += [("files", "train-00000.bin", key) for key in ("split", "tokens", "documents", "bytes", "sha256", "source",
+                                                           "source_bytes")]
+    for *parents, key in keys:
+        for value in (None, [1], "missing"):
+            manifest = json.loads(good)
+            parent = manifest
+            for name in parents:
+                parent = parent[name]
+            parent[key] = value
+            said = f"({key}: {json.dumps(value)})"
+            if value == "missing":
+                del parent[key]
+                said = f"(no {key})"
+            del manifest["checksum"]
+            bad.write_bytes(dataset.seal(manifest))
+            with pytest.raises(UserError, match=re.escape(f"{bad} is damaged or of another version {said}: ")):
+                dataset.read_sealed(bad)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", "it is not JSON"), ("[]", "its checksum does not fit"), ("[" * 100_000, "it is not JSON"),
+    ('{"a": ' * 500 + "1" + "}" * 500, "it is not JSON|its checksum does not fit"), ("null", "its checksum does not fit")])
+def test_a_manifest_that_is_no_json_of_ours_is_said_in_its_own_words(tmp_path, text, words):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=rf"manifest.json is damaged or of another version .({words}).: "):
+        dataset.read_sealed(tmp_path / "manifest.json")
 
 
 def test_a_folder_or_a_pipe_where_the_manifest_should_be_is_damage(tmp_path):

@@ -92,6 +92,17 @@ def test_muon_steps_in_bf16_on_a_cpu_that_trains_in_it_and_has_units(precision, 
     assert (got - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_an_optimizer_that_there_is_not_is_refused_with_those_there_are():
+    config = TrainConfig()
+    config.optimizer = "sgd"
+    with pytest.raises(ValueError, match="optimizer must be adamw or muon, got 'sgd'"):
+        make_optimizer(LM(ModelConfig(vocab_size=9, dim=8, depth=1, n_heads=1)), config)
+    with pytest.raises(ValueError, match="optimizer must be adamw or muon, got 'sgd'"):
+        TrainConfig(optimizer="sgd")
+    with pytest.raises(ValueError, match="precision must be auto or fp32 or bf16, got 'fp16'"):
+        TrainConfig(precision="fp16")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_to_be_skipped_changes_neither_weights_nor_moments_and_the_next_is_as_without_it(optimizer):
     def trained(skips):
