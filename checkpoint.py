@@ -21,11 +21,11 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError, fit, shell, show
+from configurator import Failed, UserError, fits, shell, show
 from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
-from support.optim import load_named_state, named_state, parameter_groups
+from support.optim import OPTIMIZERS, load_named_state, named_state, parameter_groups
 from support.report import Log
 
 import torch
@@ -128,8 +128,10 @@ def load_checkpoint(path, device="cpu"):
     """The dict that Run.save of train.py wrote."""
     try:
         checkpoint = load_file(path, device)
-        missing = CHECKPOINT.keys() - set(checkpoint)
-        unknown = set() if missing else set(checkpoint["model_config"]) - SETTINGS.keys()
+        require(isinstance(checkpoint, dict), f"it holds {show(checkpoint)}")
+        missing = CHECKPOINT.keys() - checkpoint.keys()
+        settings = checkpoint.get("model_config")
+        unknown = settings.keys() - SETTINGS.keys() if isinstance(settings, dict) else set()
         if not missing and not unknown:
             check_contents(checkpoint)
     except FileNotFoundError:
@@ -140,11 +142,20 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint ({reason}): use another one, or move it away") from None
+    if is_state(checkpoint):
+        raise UserError(f"{path} is a state, which sample.py takes as {shell(f'--load_state={path}')}; name the folder "
+                        "or checkpoint of its model beside it")
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     if unknown:
-        raise UserError(f"{path} was made by another version of model.py: its model has {', '.join(sorted(unknown))}")
+        names = ", ".join(sorted(map(str, unknown)))
+        raise UserError(f"{path} was made by another version of model.py: its model has {names}")
     return checkpoint
+
+
+def is_state(content):
+    """Whether this is what a file of sample.py's --save_state holds."""
+    return isinstance(content, dict) and {"state", "unread"} <= content.keys()
 
 
 def check_contents(checkpoint):
@@ -153,17 +164,22 @@ def check_contents(checkpoint):
         value = checkpoint.get(key)
         if value is None and key not in ("model", "model_config", "data"):        # a model alone, or an earlier version
             continue
-        require(isinstance(value, kind) and type(value) is not bool, f"its {key} is {show(value)}")
+        require(isinstance(value, kind) and type(value) is not bool, f"its {key} is {spoken(value)}")
         require(kind is not int or 0 <= value < 2**53, f"its {key} is {value}")
     weights, settings = checkpoint["model"], checkpoint["model_config"]
     for name, weight in weights.items():
         require(type(name) is str and holds_numbers(weight), f"its model has {show(name)}, which is no weight")
     for key in settings.keys() & SETTINGS.keys():
-        fit(settings[key], SETTINGS[key])
+        require(fits([settings[key]], SETTINGS[key]), f"its {key} is {spoken(settings[key])}")
     check_sizes(weights, settings)
     require(settings.get("depth", 1) <= len(weights), f"its model has {len(weights)} weights for all its blocks")
     for key in ("tokenizer", "tokenizer_hash"):
-        require(type(checkpoint["data"].get(key)) is str, f"its {key} is {show(checkpoint['data'].get(key))}")
+        require(type(checkpoint["data"].get(key)) is str, f"its {key} is {spoken(checkpoint['data'].get(key))}")
+
+
+def spoken(value):
+    """What a checkpoint holds somewhere, for a message."""
+    return "missing" if value is None else show(value)
 
 
 def check_sizes(weights, settings):
@@ -194,18 +210,22 @@ def is_random_state(x):
 def check_training(checkpoint):
     """As check_contents, for what only a run that resumes needs."""
     for key in CHECKPOINT.keys() | checkpoint.keys() & {"sequences", "tokens"}:
-        require(checkpoint[key] is not None, f"its {key} is None")
+        require(checkpoint[key] is not None, f"its {key} is missing")
     config, optimizer, random = checkpoint["config"], checkpoint["optimizer"], checkpoint["rng"].get("cpu")
-    require(config.get("precision") in ("auto", "fp32", "bf16"), "its precision is none")
-    require(type(config.get("batch_size")) is int and config["batch_size"] > 0, "its batch_size is none")
-    require(is_random_state(random), "its random numbers are none")
+    precision, batch_size = config.get("precision"), config.get("batch_size")
+    kind = config.get("optimizer", "adamw")                                       # older checkpoints lack it
+    require(precision in ("auto", "fp32", "bf16"), f"its precision is {spoken(precision)}, not auto, fp32 or bf16")
+    require(kind in OPTIMIZERS, f"its optimizer is {spoken(kind)}, not {' or '.join(OPTIMIZERS)}")
+    require(type(batch_size) is int and batch_size > 0, f"its batch_size is {spoken(batch_size)}")
+    require(is_random_state(random), "its random numbers are damaged")
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     moments = type(state) is dict and all(type(value) is dict and all(map(holds_numbers, value.values()))
                                           for value in state.values())
     require(moments and type(groups) is list and groups and type(groups[0].get("lr")) in (int, float),
-            "its optimizer is none")
-    require([type(n) for n in checkpoint["skips"]] == [int, int], "its skips are none")
-    require(all(type(loss) is float for loss in checkpoint["recent_losses"]), "its recent_losses are none")
+            "its optimizer state is damaged")
+    require([type(n) for n in checkpoint["skips"]] == [int, int],
+            f"its skips are {show(checkpoint['skips'])}, not two numbers")
+    require(all(type(loss) is float for loss in checkpoint["recent_losses"]), "its recent_losses are not numbers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__)
 
@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from model import state_bytes
-from checkpoint import checkpoint_in, inference, load_file, load_plugin, open_model
+from checkpoint import checkpoint_in, inference, is_state, load_file, load_plugin, open_model
 
 
 @dataclass
@@ -225,17 +225,11 @@ def write_state(path, model, state, generator, seed):
         torch.save(content, file)
 
 
-def check_save_state(path):
-    """UserError where --save_state could not write, or would replace a file that is no state: a checkpoint, say."""
-    check_target(path, "save_state")
-    if not Path(path).exists():
-        return
+def holds_state(path):
     try:
-        ours = "unread" in load_file(path, "cpu")
+        return is_state(load_file(path))
     except Exception:  # whatever it is, torch.load can't read it
-        ours = False
-    if not ours:
-        raise UserError(f"save_state={path} exists and is not a state: use another name")
+        return False
 
 
 def read_state(path, model, generator, seed):
@@ -245,15 +239,20 @@ def read_state(path, model, generator, seed):
         raise UserError(f"{path} is not a file that holds a state")
     try:
         carried = load_file(path, device)
-        other = carried["model"] != identity(model)
-        why = difference(carried.get("settings", {}), model) if other else ""
-        state = TextState(carried["state"], carried["unread"], bytes(carried["half"]))
     except FileNotFoundError:
         raise UserError(f"no state {path}: --save_state={path} writes it") from None
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
         raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
+    if isinstance(carried, dict) and "model_config" in carried:
+        raise UserError(f"{path} is a checkpoint, not a state: use {shell(f'--init_from={path}')}")
+    try:
+        other = carried["model"] != identity(model)
+        why = difference(carried.get("settings", {}), model) if other else ""
+        state = TextState(carried["state"], carried["unread"], bytes(carried["half"]))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged or not a state") from None
     if other:
         raise UserError(f"{path} is the state of another model ({why}): use its --out_dir, or --init_from, and its "
                         "--precision")
@@ -283,7 +282,7 @@ def main():
         say("compiling the step of a token takes about a minute, before the second token")
     state = TextState()
     if config.save_state:
-        check_save_state(config.save_state)
+        check_target(config.save_state, "save_state", holds_state)
     if config.load_state:
         state = read_state(config.load_state, model, generator, config.seed)
 

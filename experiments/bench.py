@@ -30,11 +30,11 @@ help_first(__name__, __file__, "model.py", "train.py")
 
 from support import kernels, speedups                                             # support comes before torch
 from support.dataset import Windows, open_split, read_manifest
-from support.files import check_target, write_json
+from support.files import check_target, read_json, write_json
 from support.machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds
 from support.measure import cast_for_decoding, decoding_calls
 from support.optim import make_optimizer
-from support.report import picture, spread, table
+from support.report import check_picture, picture, spread, table
 
 import torch
 import torch.nn.functional as F
@@ -500,9 +500,10 @@ def main():
         torch.set_float32_matmul_precision("high")
     if bench.plot and not {"train", "decode"} & set(parts):
         raise UserError("--plot draws training and decoding: add train or decode to --parts")
-    for flag in ("json", "plot"):
-        if target := getattr(bench, flag):
-            check_target(Path(target), flag)
+    if bench.json:
+        check_target(bench.json, "json", lambda path: read_json(path, "machine") or read_json(path, "card"))
+    if bench.plot:
+        check_picture(bench.plot)
     figures = {"card": card(bench, train_config, device)} if "card" in parts else {}
     if parts != ["card"]:
         figures |= measure(bench, config, device)

@@ -28,7 +28,6 @@ last tenth of the time that the fastest arm needs; the learning rate of a slower
 `python train.py --help` lists the settings of arms. As flags they apply to all arms.
 """
 import concurrent.futures as futures
-import importlib.util
 import json
 import math
 import re
@@ -52,7 +51,7 @@ from support.dataset import Dataset, Windows
 from support.files import check_target, read_json, replacing, write_json
 from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
 from support.measure import cast_for_decoding, decoding_calls
-from support.report import Log, picture, table
+from support.report import Log, check_picture, picture, table
 from support.side_by_side import BUSY, Slots, end_with_parent, environment, visible_gpus
 
 import torch
@@ -193,8 +192,6 @@ def parse_arm(text, passed, taken, rates):
 def check(arms, config):
     """What can be known before training: UserError for what cannot work, a warning for what is not equal. The Text of
     the report."""
-    if config.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs a package: pip install matplotlib, or leave it out")
     device = pick_device(config.device)
     settings = arms[0].text()
     data = Dataset(Path(settings["data_dir"]) / settings["dataset"])
@@ -211,8 +208,9 @@ def check(arms, config):
             f"{sizes[max(sizes)]} {max(sizes):,}")
     for arm in arms:
         check_target(Path(config.out_dir, arm.name, "log.txt"), "out_dir")
+    check_target(Path(config.out_dir, "results.json"), "out_dir", lambda path: read_json(path, "arms"))
     if config.plot:
-        check_target(Path(config.plot), "plot")
+        check_picture(config.plot)
     return text
 
 

@@ -147,7 +147,7 @@ def main():
     start = time.monotonic()
     config, = configure(sys.argv[1:], CheckConfig, config_file=False)
     if config.json:
-        check_target(Path(config.json), "json")
+        check_target(config.json, "json", lambda path: read_json(path, "card", "figures"))
     device = pick_device(config.device)
     if device.type != "cuda" and not config.quick:
         raise UserError("gpu_check times kernels that only an Nvidia GPU runs, and there is none: --quick=True tries "

@@ -80,17 +80,23 @@ def sync(path):
         os.close(handle)
 
 
-def check_target(path, flag):
-    """UserError where path could not be written, before the work of which it is to hold the result."""
+def check_target(path, flag, is_ours=None):
+    """UserError where path could not be written, before the work of which it is to hold the result; also where a file
+    is there that is_ours(path) does not know as an earlier result of this kind."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
+        if path.parent == Path("/dev") or path.exists() and not path.is_file():
+            raise OSError(0, "it is not a file")                                  # to rename onto /dev/null breaks it
         new_file_beside(path).unlink()
+        empty = not path.exists() or not path.stat().st_size
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path} ({reason}): use another --{flag}") from None
+    if is_ours and not empty and not is_ours(path):
+        raise UserError(f"{path} exists, and --{flag} wrote no such file: use another --{flag}")
 
 
 class Busy(UserError):

@@ -2,7 +2,7 @@
 import contextlib
 import dataclasses
 import html
-import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -12,9 +12,10 @@ import shutil
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from configurator import UserError
-from support.files import replacing
+from support.files import check_target, replacing
 from support.machine import RANK, progress, say
 
 
@@ -331,8 +332,11 @@ def spread(*columns):
 # Pictures
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
 def picture(path, draw, told="wrote", **panels):
-    """Writes what draw(axes) draws as a PNG. Where matplotlib is missing or fails, one line says so, no more."""
+    """Writes what draw(axes) draws, in the format of its ending. Where matplotlib is missing or fails, one line says so, no more."""
     try:
         os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
         logging.getLogger("matplotlib").setLevel(logging.CRITICAL)                # it warns of its folders at import
@@ -341,11 +345,11 @@ def picture(path, draw, told="wrote", **panels):
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(**panels)
         draw(axes)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, bbox_inches="tight")
         pyplot.close(figure)
         with replacing(path) as temporary:
-            temporary.write_bytes(png.getvalue())
+            temporary.write_bytes(drawn.getvalue())
     except UserError:                                                             # the disk is full
         raise
     except ImportError as error:
@@ -356,6 +360,15 @@ def picture(path, draw, told="wrote", **panels):
         say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {(str(error) or 'no word').splitlines()[0]})")
     else:
         say(f"{told} {path}")
+
+
+def check_picture(path, flag="plot"):
+    """UserError where picture() could not draw to path, or would replace a file that is no picture of matplotlib's."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"--{flag} needs a package: pip install matplotlib, or leave it out")
+    check_target(path, flag, lambda path: b"atplotlib" in path.read_bytes())      # it signs what it draws
+    if Path(path).suffix not in PICTURES:
+        raise UserError(f"--{flag}={path} must end in {' or '.join(PICTURES)}")
 
 
 def plot_losses(out_dir):

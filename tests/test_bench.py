@@ -85,6 +85,10 @@ def test_what_cannot_be_written_is_known_before_measuring(flag, tmp_path, monkey
     for path in (tmp_path, tmp_path / "file/b.out"):
         with pytest.raises(UserError, match=f"cannot write .*: use another --{flag}"):
             run(monkeypatch, *SMALL, f"--{flag}={path}")
+    for name in ("settings.json", "notes.txt"):
+        (tmp_path / name).write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=f"{name} exists, and --{flag} wrote no such file"):
+            run(monkeypatch, *SMALL, f"--{flag}={tmp_path / name}")
 
 
 def test_the_form_timed_is_the_operation():

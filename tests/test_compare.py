@@ -176,6 +176,17 @@ def test_what_cannot_be_written_is_known_before_all_training(flag, data, tmp_pat
     assert f"cannot write {tmp_path}/f" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name, flag", [("results.json", "--out_dir={}"), ("photo.png", "--plot={}/photo.png")])
+def test_a_file_of_the_users_own_is_not_written_over(name, flag, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / name).write_text('{"mine": 1}')
+    monkeypatch.setattr(compare, "train_all", None)
+    out = [f"--out_dir={tmp_path}/out"] * ("out_dir" not in flag)
+    assert run(ARM, *TINY, f"--data_dir={data}", *out, flag.format(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert f"{name} exists, and --" in err and err.count("\n") == 1
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
 def test_more_than_an_epoch_is_said(data, tmp_path, capsys):  # noqa: F811
     steps = Windows(Dataset(data / "text").train, 8, seed=0).total
     for more, warned in ((0, False), (1, True)):

@@ -35,8 +35,10 @@ def run(monkeypatch, *flags):
 
 
 def test_what_cannot_be_checked_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "mine.json").write_text("[1]")
     for flags, wanted in ((["--presets=base,bse"], "there is no config/bse.py"), (["--device=cpu"], "--quick=True tries"),
-                          ([f"--json={tmp_path}"], "it is a folder")):
+                          ([f"--json={tmp_path}"], "it is a folder"),
+                          ([f"--json={tmp_path}/mine.json"], "mine.json exists, and --json wrote no such file")):
         with pytest.raises((UserError, ValueError), match=wanted):
             run(monkeypatch, *flags)
 

@@ -278,6 +278,12 @@ def test_a_carried_state_reads_a_further_prompt_and_serves_several_texts(write):
     assert write("--load_state=a.state", "--prompt=xyz", "--num_samples=2", *greedy).out.split("--- ")[2] == f"2 of 2\n{one}"
 
 
+def test_a_state_given_as_a_model_is_named_with_the_flag_that_takes_it(write, refusal):
+    write("--save_state=my a.state")
+    said = refusal("--init_from=my a.state")
+    assert "my a.state is a state, which sample.py takes as '--load_state=my a.state'; name the folder or" in said
+
+
 def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tmp_path):
     write("--save_state=a.state")
     whole = Path("a.state").read_bytes()
@@ -293,7 +299,7 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     torch.save(older, "older.state")
     assert write("--load_state=older.state").out == write("--load_state=a.state").out
     assert "another model (in settings, weights or" in refusal("--load_state=older.state", "--out_dir=other")
-    for damaged in (whole[:-9], whole[:i] + b"U" + whole[i + 1:], b""):
+    for damaged in (b"", whole[:-9], whole[:i] + b"U" + whole[i + 1:]):
         Path("a.state").write_bytes(damaged)
         assert "a.state is damaged or not a state" in refusal("--load_state=a.state")
     os.mkfifo("pipe")
@@ -302,8 +308,11 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
         assert f"save_state={path} must be a file in an existing folder" in result.err and not result.out
     for path in ("a.state", "out/ckpt.pt"):                                       # damaged; a checkpoint
         before = Path(path).read_bytes()
-        assert f"save_state={path} exists and is not a state" in refusal(f"--save_state={path}")
+        assert f"{path} exists, and --save_state wrote no such file" in refusal(f"--save_state={path}")
         assert Path(path).read_bytes() == before
+    assert "out/ckpt.pt is a checkpoint, not a state: use --init_from=out/ckpt.pt" in refusal("--load_state=out/ckpt.pt")
+    torch.save({"state": 5, "unread": []}, "a.state")
+    assert "a.state is damaged or not a state" in refusal("--load_state=a.state")
     write_checkpoint(tmp_path / "out", pos="learned")
     Path("a.state").unlink()
     write("--max_new_tokens=9", "--stop=false", "--save_state=a.state")            # 1 + 8 read, 1 to read

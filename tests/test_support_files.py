@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from configurator import UserError
-from support.files import check_target, leftovers, locked, read_text, replacing, write_json
+from support.files import check_target, leftovers, locked, read_json, read_text, replacing, write_json
 
 
 def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path, monkeypatch):
@@ -106,6 +106,27 @@ def test_a_target_that_cannot_be_written_is_found_before_the_work(tmp_path, monk
         write_json(tmp_path / name, 1)
     check_target(tmp_path / "folder/new/x", "json")
     assert not [*(tmp_path / "folder/new").iterdir()]
+
+
+def test_a_file_that_is_no_earlier_result_is_never_a_target_and_an_empty_one_is(tmp_path):
+    def is_ours(path):
+        return read_json(path, "figures")
+    for name, text in (("notes.txt", "mine"), ("package.json", '{"name": "mine"}'), ("list.json", "[1]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} exists, and --json wrote no such file: use another --json"):
+            check_target(tmp_path / name, "json", is_ours)
+        assert (tmp_path / name).read_text() == text
+    (tmp_path / "empty").touch()
+    write_json(tmp_path / "ours", {"figures": 1})
+    for name in ("empty", "ours", "new"):
+        check_target(tmp_path / name, "json", is_ours)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "fifo"])
+def test_a_device_or_a_pipe_is_no_target_since_a_rename_would_replace_it(tmp_path, path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="it is not a file.: use another --json"):
+        check_target(tmp_path / path, "json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])

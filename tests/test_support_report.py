@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 import train
 from checkpoint import load_checkpoint
+from configurator import UserError
 from support import report
-from support.report import plot_losses
+from support.report import check_picture, picture, plot_losses
 from test_train import as_it_was, at_step, contents, data, records, refusal, run, same  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,25 @@ def test_a_backend_that_is_not_here_does_not_keep_a_picture_from_being_drawn(tmp
     script = f"from pathlib import Path; from support.report import plot_losses; plot_losses(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, env=os.environ | {"MPLBACKEND": backend})
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("ending, begins", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_picture_has_the_format_of_its_ending_and_may_be_drawn_again(tmp_path, ending, begins):
+    path = tmp_path / f"a.{ending}"
+    for _ in range(2):
+        check_picture(path)
+        picture(path, lambda axes: axes.plot([1, 2]))
+        assert path.read_bytes().startswith(begins)
+
+
+def test_no_picture_is_drawn_over_another_file_or_without_a_known_ending(tmp_path):
+    for name in ("photo.png", "thesis.pdf"):
+        (tmp_path / name).write_bytes(b"\x89PNG of a camera")
+        with pytest.raises(UserError, match=f"{name} exists, and --plot wrote no such file: use another --plot"):
+            check_picture(tmp_path / name)
+    with pytest.raises(UserError, match="loss.jpeg2 must end in .png or .pdf or .svg"):
+        check_picture(tmp_path / "loss.jpeg2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png", "thesis.pdf"]
 
 
 def test_a_picture_that_cannot_be_written_fails_no_run(run, monkeypatch):
