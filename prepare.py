@@ -36,12 +36,13 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.advice import say_what_was_made, usable_cores
+from support.advice import listed, say_what_was_made, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
 from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
 from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
-                           read_hub, split_tail, unreadable, valid)
+                           read_hub, some_of, split_tail, unreadable, valid,
+                           without_tests)
 
 C4 = "allenai/c4"  # the repository on the hub, and how many files its splits have
 C4_TRAIN = 1024
@@ -64,7 +65,7 @@ class PrepareConfig:
     # How it is cut
     tokenizer: str = "auto"  # gpt2, bytes, or a tokenizer.json; auto: bytes for stdlib and small texts, else gpt2
     shards: str = "1"  # train shards of the downloaded C4, of 1024: N for the first N, a:b for a to b-1
-    val_fraction: float = 0.05  # share of the text held out where no file or folder is named val or validation
+    val_fraction: float = 0.05  # share of the text held out where no file or folder is named val, eval or dev
 
     # Files and the machine
     data_dir: str = "data"  # folder of the datasets; this one goes to data_dir/NAME
@@ -156,11 +157,15 @@ def list_sources(config):
 
 
 def local_sources(paths, base, val_fraction):
-    """Files named as validation, or in a folder below base that is, become the validation split. If there are none, a
-    share of all text does: whole documents where there are many, the tail of each .txt where there are few."""
+    """Files named as validation, or in a folder below base that is, become the validation split; tests are left out. If
+    there are none, a share of all text does: whole documents where there are many, else the tail of each .txt."""
+    paths, tests = without_tests(paths, base)
     validation = {path for path in paths if held_out(path, base)}
     if len(validation) == len(paths):
-        raise UserError(f"--data_files: all {len(paths)} files are named as validation files: none is left to train on")
+        raise UserError(f"--data_files: all {len(paths) + len(tests)} files are named as validation files"
+                        + " or tests" * bool(tests) + ": none is left to train on")
+    if tests:
+        print(f"left out, since their names say test: {listed(tests)}")
     documents = [path for path in paths if path.lower().endswith(".txt")]
     few = not validation and len(documents) * val_fraction < 5
     tails = {path for path in documents if few and os.path.getsize(path) * val_fraction > 1000}
@@ -241,6 +246,8 @@ def hub_sources(config):
     if train != "train" and len(splits) > 1:
         raise UserError(f"{config.hub} has no split train, only {', '.join(splits)}")
     kinds = {"train": train, "val": validation} if validation else {"both": train}
+    if others := [split for split in splits if split not in (train, validation)]:
+        print(f"left out: split {listed(others)}")
     sources = []
     for kind, split in kinds.items():
         for i in range(splits[split]):
@@ -339,6 +346,7 @@ def texts(source, tally):
         if path.startswith("hub://"):
             shard = open_shard(path, CONFIG.hub, CONFIG.config, OPTIONS)
             found = read_hub(shard, source.name, tally, CONFIG.text_field, room_for(source))
+            found = some_of(found, source.name, tally)
         else:
             found = read(path, begin, end, tally, CONFIG.text_field)
         for text, utf8, last, position in valid(found, path, tally):
@@ -430,8 +438,8 @@ def difference(folder, record, options, source):
         asked = asked | {"source": "among the files given now"}
     for key, value in asked.items():
         if made.get(key) != value:
-            return (f"{folder} was made with {key} {made.get(key, 'unset')}, not {value}: use another --dataset name, or "
-                    "delete that folder")
+            return (f"{folder} was made with {key} {made.get(key, 'unset')}, not {value}: use another --dataset name, "
+                    "or delete that folder")
     return changed(folder, source) if source and source.size != made["source_bytes"] else ""
 
 

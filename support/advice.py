@@ -96,6 +96,11 @@ def next_steps(dataset, data_dir, vocab_size, train, val):
     return f"{here}\nor, on a GPU:\n{on_a_gpu}" if train >= MUCH else here
 
 
+def listed(paths, most=20):
+    more = len(paths) - most
+    return escape(", ".join(paths[:most])) + f" and {more} more" * (more > 0)
+
+
 def say_what_was_made(config, manifest, sources):
     entries = manifest["files"].values()
     train, val = (sum(entry["tokens"] for entry in entries if entry["split"] == split) for split in ("train", "val"))
@@ -104,7 +109,7 @@ def say_what_was_made(config, manifest, sources):
              + ", all verified" * config.verify]
     held = [path for source in sources if source.stem.startswith("val-") for path in source.paths]
     if held:
-        lines.append(f"  validation: {', '.join(held[:20])}" + f" and {len(held) - 20} more" * (len(held) > 20))
+        lines.append(f"  validation: {listed(held)}")
     elif any(source.stem.startswith("both-") for source in sources):
         lines.append(f"  validation: {val / (train + val):.1%} of the tokens"
                      + ", since no file is named val" * bool(config.data_files))

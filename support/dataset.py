@@ -385,7 +385,9 @@ def check_not_empty(folder, manifest):
     entries = manifest["files"].values()
     for split, fix in (("train", "look into its source files"), ("val", "raise --val_fraction, or give more text")):
         if not any(entry["documents"] for entry in entries if entry["split"] == split):
-            skipped = "; ".join(example for entry in entries for example in entry.get("examples", []))
+            skipped = [example for entry in entries for example in entry.get("examples", [])]
+            empty = sum(entry.get("empty", 0) for entry in entries)
+            skipped = "; ".join(skipped + [f"{empty:,} empty documents"] * bool(empty))
             raise NoDocuments(f"{folder} has no {split} documents: {fix}" + f" (skipped: {skipped})" * bool(skipped))
 
 

@@ -131,11 +131,24 @@ def folders_below(folder):
                 (links if entry.is_symlink() else now).append(entry.path)
 
 
-def held_out(path, base):
+VALIDATION = "(val(id(ation)?s?)?|eval(uation)?s?|dev|h[eo]ld[-_ ]?out)(set)?"
+TEST = "test(s|ing)?(set)?"
+
+
+def held_out(path, base, words=VALIDATION):
     """Does the name of a file, or of a folder between base and the file, say validation, dev or held-out?"""
     name = os.path.relpath(os.path.abspath(path), base)
     name = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # ValidationSet is two words
-    return bool(re.search(r"(?<![a-z])(val(id(ation)?s?)?|dev|held[-_ ]?out)(set)?(?![a-z])", name, re.IGNORECASE))
+    return bool(re.search(f"(?<![a-z]){words}(?![a-z])", name, re.IGNORECASE))
+
+
+def without_tests(paths, base):
+    """The paths without those that say test, and those: nothing may be learned or chosen by a test. Where all say so,
+    it means something else."""
+    tests = [path for path in paths if held_out(path, base, TEST)]
+    if len(tests) == len(paths):
+        return paths, []
+    return [path for path in paths if path not in tests], tests
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,9 +170,11 @@ class Tally:
         self.max_bad = max_bad
         self.counts = collections.Counter()
         self.examples = []
+        self.fields = ""  # the other ones that the last bad record has
 
     def bad(self, path, number, why):
         example = f"{os.path.basename(path)}:{number}: {why}"
+        self.fields = getattr(why, "fields", "")
         self.counts["bad"] += 1
         self.examples = [*self.examples, example][:10]
         if self.counts["bad"] > self.max_bad:
@@ -173,30 +188,38 @@ class Tally:
 def read(path, begin, end, tally, field="text"):
     """The documents of a file, or of bytes begin to end of a .txt."""
     name = path.lower()
-    bad = tally.counts["bad"]
-    good = 0
     try:
         if name.endswith((".txt", ".py")):
-            texts = read_plain(path, begin, end)
+            yield from read_plain(path, begin, end)
         elif name.endswith(".parquet"):
-            texts = read_parquet(path, tally, field)
+            yield from some_of(read_parquet(path, tally, field), path, tally)
         else:
-            texts = read_json(path, tally, field)
-        for good, item in enumerate(texts, 1):
-            yield item
-    except TooManyBad:
-        if good or tally.counts["bad"] - bad < 10:
-            raise
+            yield from some_of(read_json(path, tally, field), path, tally)
     except UserError:
         raise
     except Exception as error:
         if not (isinstance(error, OSError) or path.startswith("hf://") or name.endswith(".parquet")):
             raise  # our own mistake; a network or a damaged .parquet, though, has errors of many kinds
         raise unreadable(path, error) from None
-    bad = tally.counts["bad"] - bad
-    if bad and not good:
-        raise UserError(f"{path}: not one of {bad} records can be read ({tally.examples[-1]}): leave it out, or "
-                        "write one JSON object per line, with its text under --text_field")
+
+
+def some_of(documents, name, tally):
+    """The documents; UserError where not one of the records that they are in can be read."""
+    before = tally.counts["bad"]
+    good = 0
+    try:
+        for good, item in enumerate(documents, 1):
+            yield item
+    except TooManyBad:
+        if good or tally.counts["bad"] - before < 10:
+            raise
+    bad = tally.counts["bad"] - before
+    if good or not bad:
+        return
+    fix = "write one JSON object per line, with its text under --text_field"
+    if tally.fields:
+        fix = f"name the field that holds the text, --text_field=..., of {tally.fields}"
+    raise UserError(f"{name}: not one of {bad} records can be read ({tally.examples[-1]}): {fix}, or leave it out")
 
 
 def valid(found, path, tally):
@@ -362,14 +385,28 @@ def parse_json(line):
         raise ValueError("not JSON") from None
 
 
+class NoText(ValueError):
+    """Why a record has no text, and which other fields it has."""
+
+    def __init__(self, why, record, field):
+        super().__init__(why)
+        self.fields = show(", ".join(key for key in record if key != field), str)
+
+
 def text_of(record, field):
     """The text of a record: {"text": "Hi"} -> "Hi"; ValueError with the reason if it has none."""
-    if not isinstance(record, dict) or field not in record:
-        names = show(", ".join(record), str) if isinstance(record, dict) else ""
-        raise ValueError(f"no field {field}" + f", only {names} (see --text_field)" * bool(names))
+    if not isinstance(record, dict):
+        raise ValueError(f"{in_json(record)} has no field {field}")
+    if field not in record:
+        names = show(", ".join(record), str)
+        raise NoText(f"no field {field}" + f", only {names} (see --text_field)" * bool(names), record, field)
     if not isinstance(record[field], str):
-        raise ValueError(f"{field} is not a string")
+        raise NoText(f"{field} is {in_json(record[field])}, not a string", record, field)
     return record[field]
+
+
+def in_json(value):
+    return show(value, lambda value: json.dumps(value, ensure_ascii=False, default=str))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

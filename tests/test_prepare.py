@@ -345,11 +345,11 @@ def test_what_is_skipped_is_counted_and_named(tmp_path):
     entry = read_manifest(tmp_path / "data/d")["files"]["train-00000.bin"]
     assert (entry["bad"], entry["empty"], entry["repaired"], entry["documents"]) == (3, 1, 1, 2)
     assert entry["examples"] == ["train.jsonl:2: not JSON", "train.jsonl:3: no field text, only txt (see --text_field)",
-                                 "train.jsonl:4: text is not a string"]
+                                 "train.jsonl:4: text is 5, not a string"]
     assert texts_of(tmp_path / "data/d", "train") == ["good 1", "a\ufffdb\0"]
     assert "unreadable records skipped: 4" in out and "train.jsonl:2: not JSON" in out and "val.jsonl.gz:3: not JSON" in out
     error = refusal(tmp_path, "--dataset=strict", "--data_files=*.jsonl *.gz", "--max_bad=2")
-    assert "train.jsonl:4: text is not a string" in error and not list((tmp_path / "data/strict").glob("train*"))
+    assert "train.jsonl:4: text is 5, not a string" in error and not list((tmp_path / "data/strict").glob("train*"))
     (tmp_path / "train.jsonl").write_text('{"text": "good 1"}')
     run(tmp_path, "--dataset=mended", "--data_files=*.jsonl *.gz")
     error = refusal(tmp_path, "--dataset=mended", "--data_files=*.jsonl *.gz", "--max_bad=0")  # once skipped, now fatal
@@ -497,7 +497,9 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     (["train.jsonl", "dev.jsonl"], "*.jsonl", ["dev.jsonl"]), (["trn.jsonl", "valset.jsonl"], "*.jsonl", ["valset.jsonl"]),
     (["a/train.jsonl", "validations/a.jsonl"], "*/*.jsonl", ["validations/a.jsonl"]),
     (["part1.jsonl", "held-out.jsonl", "heldout2.jsonl"], "*.jsonl", ["held-out.jsonl", "heldout2.jsonl"]),
-    (["valentine.jsonl", "interval.jsonl", "evaluation.jsonl", "developer.jsonl", "settings.jsonl"], "*.jsonl", [])])
+    (["train.jsonl", "evaluation.jsonl"], "*.jsonl", ["evaluation.jsonl"]),
+    (["a/0.jsonl", "eval/0.jsonl", "holdout/0.jsonl"], "*/*.jsonl", ["eval/0.jsonl", "holdout/0.jsonl"]),
+    (["valentine.jsonl", "interval.jsonl", "medieval.jsonl", "developer.jsonl", "settings.jsonl"], "*.jsonl", [])])
 def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, names, pattern, held):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -510,6 +512,31 @@ def test_names_and_folders_that_say_validation_are_held_out_and_named(tmp_path, 
     else:
         assert "% of the tokens, since no file is named val" in out
         assert 0 < len(texts_of(tmp_path / "data/d", "val")) < 60
+
+
+@pytest.mark.parametrize("names, left_out, held", [
+    (["train.jsonl", "test.jsonl"], ["test.jsonl"], []),
+    (["train.jsonl", "val.jsonl", "Test-00000-of-00001.jsonl"], ["Test-00000-of-00001.jsonl"], ["val.jsonl"]),
+    (["train/0.jsonl", "testing/0.jsonl", "validation/0.jsonl"], ["testing/0.jsonl"], ["validation/0.jsonl"]),
+    (["a.jsonl", "TestSet/val.jsonl"], ["TestSet/val.jsonl"], []),
+    (["latest.jsonl", "attestation.jsonl", "contest.jsonl", "testament.jsonl"], [], []),
+    (["test1.jsonl", "test2.jsonl"], [], [])])  # a first try, not the test of anything
+def test_files_named_test_are_neither_trained_on_nor_validated_with_and_that_is_said(tmp_path, names, left_out, held):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [f"{name} {i}" for i in range(200)])
+    out = run(tmp_path, "--dataset=d", "--data_files=**/*.jsonl", alone=False)
+    assert ("left out, since their names say test: " + ", ".join(left_out) in out) == bool(left_out)
+    read = {split: {text.split()[0] for text in texts_of(tmp_path / "data/d", split)} for split in ("train", "val")}
+    assert read["train"] | read["val"] == {*names} - {*left_out}
+    assert not held or read["val"] == {*held}
+
+
+def test_nothing_to_train_on_but_validation_and_tests_is_refused(tmp_path):
+    for name in ("val", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ["text"])
+    error = refusal(tmp_path, "--dataset=d", "--data_files=*.jsonl")
+    assert "all 2 files are named as validation files or tests: none is left to train on" in error
 
 
 def test_small_files_of_any_kind_share_a_bin(tmp_path):
@@ -664,6 +691,31 @@ def test_pretty_printed_json_is_not_advised_to_be_skipped(tmp_path):
     assert "not one of 11 records can be read" in error and "max_bad" not in error
 
 
+@pytest.mark.parametrize("record, why, fix", [
+    ({"title": "a", "body": "b"}, "no field text, only title, body", "name the field that holds the text, --text_field=..., of title, body"),
+    ({"text": None, "Body": "b"}, "text is null, not a string", "name the field that holds the text, --text_field=..., of Body"),
+    ({"text": ["é"]}, 'text is ["é"], not a string', "write one JSON object per line, with its text under --text_field"),
+    ("a text", '"a text" has no field text', "write one JSON object per line, with its text under --text_field")])
+@pytest.mark.parametrize("count", [3, 40])
+def test_where_no_record_has_text_the_field_looked_for_and_those_there_are_named(tmp_path, record, why, fix, count):
+    (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * count)
+    error = refusal(tmp_path, "--dataset=d", "--data_files=a.jsonl")
+    assert f"a.jsonl: not one of {min(count, 11)} records can be read (a.jsonl:{min(count, 10)}: {why}" in error
+    assert f"): {fix}, or leave it out\n" in error and "max_bad" not in error
+
+
+def test_where_no_record_of_a_hub_dataset_has_text_the_fields_there_are_are_named(tmp_path):
+    (tmp_path / "one.csv").write_text("title,body\n" + "a,b\n" * 40)
+    error = refusal(tmp_path, "--dataset=d", "--hub=one.csv", env=OFFLINE)
+    assert "not one of 11 records can be read" in error and "--text_field=..., of title, body" in error
+
+
+def test_empty_documents_alone_are_called_that(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 40)
+    assert "no train documents: look into its source files (skipped: 40 empty documents)" in refusal(
+        tmp_path, "--dataset=d", "--data_files=a.jsonl")
+
+
 def test_a_few_invalid_bytes_in_a_long_text_are_repaired_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve words ".encode() * 1000 + b"\xe9\xff" + b" words" * 1000)
     assert "texts with invalid characters, now U+FFFD: 1" in run(tmp_path, "--dataset=d", "--data_files=a.txt")
@@ -816,7 +868,7 @@ def test_splits_of_a_dataset_that_say_validation_are_held_out(tmp_path):
     (tmp_path / "ds").mkdir()
     for split in ("train", "validation", "test"):
         (tmp_path / f"ds/{split}.csv").write_text("text,n\n" + "".join(f"{split} {i},1\n" for i in range(20)))
-    run(tmp_path, "--dataset=d", "--hub=ds", env=OFFLINE)
+    assert "left out: split test\n" in run(tmp_path, "--dataset=d", "--hub=ds", env=OFFLINE)
     assert texts_of(tmp_path / "data/d", "train") == [f"train {i}" for i in range(20)]
     assert texts_of(tmp_path / "data/d", "val") == [f"validation {i}" for i in range(20)]
 
