@@ -22,7 +22,7 @@ from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__, "model.py")
 
-from support.checks import at_least, check_choices, check_mixers, require                        # support comes before torch
+from support.checks import at_least, check_choices, check_mixers, require         # support comes before torch
 from support.dataset import Dataset, Windows, load_tokenizer
 from support.files import locked
 from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,

@@ -347,7 +347,12 @@ def test_shards_go_on_from_a_whole_checkpoint_and_save_whole_ones(run, torchrun,
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(*flags, at=".").code == 143
-    err = finish(torchrun(*flags, "--shard"))
+    process = torchrun(*flags, "--shard")
+    if torch.__version__.startswith("2.6."):                                      # its FSDP2 needs a GPU
+        err = process.communicate()[1]
+        assert process.returncode and err.startswith("train.py: shard does not work with torch 2.6."), err
+        return
+    err = finish(process)
     assert "2 processes, continuing at step 5" in err, err
     one, two = records(tmp_path / "one"), records(tmp_path)
     assert len(one) == len(two) == 14 and any(r.get("grad_norm", 0) > 0.6 for r in one[6:])  # clipped
