@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -278,4 +279,30 @@ def test_wandb_offline_takes_both_parts_of_a_resumed_run(run, monkeypatch):
     time.sleep(1.1)                                                               # W&B names its folders by the second
     assert run("--wandb_project=mine").code == 0
     name = Path("out/wandb_id").read_text()
-    assert len(list(Path("out/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))) == 2
+    parts = sorted(Path("out/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    assert len(parts) == 2
+    logged = [values for part in parts for values in histories(part)]
+    for record in map(json.loads, Path("out/metrics.jsonl").read_text().splitlines()):
+        assert record in logged                                                   # the due evaluations among them
+
+
+def histories(path):
+    """What was logged to a .wandb, one dict a call: records in blocks of 32 KB, as LevelDB's log has them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    data = path.read_bytes()
+    at = 7
+    whole = b""
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:                                                # what no header fits into
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4:at + 7])
+        whole += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):                                                        # all of a record, or its last part
+            record = Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                          for item in record.history.item}
+                yield {key: value for key, value in values.items() if not key.startswith("_")}
