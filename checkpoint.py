@@ -26,7 +26,7 @@ from support.dataset import load_tokenizer, tokenizer_id                        
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
 from support.optim import OPTIMIZERS, load_named_state, named_state, parameter_groups
-from support.report import Log
+from support.report import Log, is_drawn
 
 import torch
 
@@ -87,6 +87,9 @@ def keep(latest, step, count):
 
 def clear(out_dir, fresh):
     """Removes from out_dir what a killed run left half-written, and where fresh the run itself."""
+    picture = out_dir / "loss.png"
+    if fresh and picture.is_file() and not is_drawn(picture):
+        raise UserError(f"{picture} is not the loss curve of a run: move it away, or use another --out_dir")
     ours = ("ckpt.pt", "best.pt", "loss.png", "metrics.jsonl", "wandb_id", KEPT)
     stale = []
     for name in ours:

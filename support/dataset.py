@@ -2,6 +2,7 @@
 
 prepare.py writes what is read here. torch is imported where a batch is made, so that prepare.py's workers do without.
 """
+import difflib
 import hashlib
 import json
 import math
@@ -254,9 +255,8 @@ def check_entry(name, entry):
     match = BIN.fullmatch(name)
     if not match or match[1] != field(entry, "split", str):
         raise ValueError(f"a file {name!r} of split {entry.get('split')!r}")
-    field(entry, "source", str)
-    skipped = entry.keys() & {"bad", "empty", "repaired", "nul"}
-    for key in ("tokens", "documents", "bytes", "source_bytes", *skipped):
+    field(entry, "source", str, "")
+    for key in ("tokens", "documents", "bytes", *entry.keys() & {"bad", "empty", "repaired", "nul", "source_bytes"}):
         check_number(entry, key, 0, 2**53)
     if entry["tokens"] and not entry["bytes"]:
         raise ValueError(f"{entry['tokens']} tokens without text")
@@ -302,14 +302,30 @@ def remake(folder, problem=""):
         flags = f" --shards={int(shard[1])}:{int(shard[1]) + 1}"
     elif folder.name == "c4" and not problem:
         flags = " --shards=8"  # as README has it for 20,000 steps
-    flags += "" if str(folder.parent) == "data" else " " + shell(f"--data_dir={folder.parent}")
     again = "" if shard or not folder.exists() else "repeat the command that made it, which keeps what is whole, or "
-    return f"{again}run python prepare.py --dataset={folder.name}{flags}"
+    return f"{again}run python prepare.py {flags_of(folder, flags)}"
+
+
+def flags_of(folder, others=""):
+    """What names a dataset on a command line, and other flags after its name."""
+    place = "" if str(folder.parent) == "data" else " " + shell(f"--data_dir={folder.parent}")
+    return shell(f"--dataset={folder.name}") + others + place
+
+
+def meant(folder):
+    """The dataset that a folder which is not there may stand for, or None: data/d for --dataset=data/d, or one beside
+    it whose name is near."""
+    beside = [path.parent.name for path in folder.parent.glob("*/manifest.json")]
+    paths = [Path(*folder.parts[i:]) for i in range(1, len(folder.parts) - 1)]
+    paths += [folder.with_name(name) for name in difflib.get_close_matches(folder.name, beside, 1)]
+    return next((path for path in paths if (path / "manifest.json").is_file()), None)
 
 
 def read_manifest(folder):
     """The manifest of a dataset, checked against itself and the sizes of its files; UserError if anything is amiss."""
     folder = Path(folder)
+    if not folder.exists() and (near := meant(folder)):
+        raise UserError(f"there is no dataset {folder}, but there is {near}: use {flags_of(near)}")
     if not (folder / "manifest.json").exists():
         raise UserError(f"there is no finished dataset in {folder}: {remake(folder)}")
     manifest = read_sealed(folder / "manifest.json")

@@ -208,7 +208,10 @@ def check_text(path, head):
     """As encoding_of; UserError where a file that begins so is no text."""
     for begin, name in FORMATS.items():
         if head.startswith(begin):
-            raise UserError(f"{path} holds {name} data, not text: unpack or convert it first")
+            fix = "unpack or convert it first"
+            if b"/data.pkl" in head[:300]:                                        # what torch.save wrote
+                fix = "--init_from takes a checkpoint, --load_state a state"
+            raise UserError(f"{path} holds {name} data, not text: {fix}")
     encoding, mark = encoding_of(head)
     if encoding == "utf-8" and has_many_nuls(head):
         raise not_text(path, head)

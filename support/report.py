@@ -58,6 +58,8 @@ class Log:
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 if number < len(lines) or not isinstance(error, ValueError):
                     bad.append(number)
+        if lines and not records and (bad or not '{"step": '.startswith(lines[0][:9])):
+            raise UserError(f"{path} is not the log of a run: move it away, or use another --out_dir")
         if bad:
             say(f"warning: {path} is damaged: {len(bad)} lines are left out, the first is line {bad[0]}")
         return records
@@ -84,8 +86,8 @@ class TensorBoard:
     def __init__(self, run, fresh):
         from torch.utils.tensorboard import SummaryWriter
         folder = run.out_dir / "tensorboard"
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob("events.out.tfevents.*") if fresh else ():        # what else lies there is the user's
+            path.unlink()
         self.writer = SummaryWriter(folder, purge_step=run.step + 1)              # drops what a resumed run logs again
 
     def numbers(self, step, values):
@@ -366,9 +368,14 @@ def check_picture(path, flag="plot"):
     """UserError where picture() could not draw to path, or would replace a file that is no picture of matplotlib's."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--{flag} needs a package: pip install matplotlib, or leave it out")
-    check_target(path, flag, lambda path: b"atplotlib" in path.read_bytes())      # it signs what it draws
+    check_target(path, flag, is_drawn)
     if Path(path).suffix not in PICTURES:
         raise UserError(f"--{flag}={path} must end in {' or '.join(PICTURES)}")
+
+
+def is_drawn(path):
+    """Whether matplotlib, which signs its pictures, drew this one."""
+    return b"atplotlib" in path.read_bytes()
 
 
 def plot_losses(out_dir):

@@ -108,7 +108,9 @@ def list_records(folder):
 def read_record(path):
     """The record of a committed source; None where it is missing or damaged: then the source is encoded again."""
     with contextlib.suppress(UserError):
-        return read_sealed(path)
+        record = read_sealed(path)
+        if record["files"] and all({"source", "source_bytes"} <= entry.keys() for entry in record["files"].values()):
+            return record
 
 
 def write_manifest(folder):

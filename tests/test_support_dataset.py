@@ -131,6 +131,8 @@ def test_what_is_missing_or_null_in_a_manifest_is_said_in_the_words_of_json(tmp_
             parent[key] = value
             said = f"({key}: {json.dumps(value)})"
             if value == "missing":
+                if "source" in key:                                               # training does without
+                    continue
                 del parent[key]
                 said = f"(no {key})"
             del manifest["checksum"]
@@ -176,6 +178,19 @@ def test_every_flipped_bit_of_the_manifest_is_found(tmp_path):
             dataset.read_manifest(path.parent)
         flip(path, position, 1 << position % 8)
     dataset.read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("name, flags", [("data/novel", "--dataset=novel"), ("novels", "--dataset=novel"),
+                                         ("other/my text", "'--dataset=my text' --data_dir=other")])
+def test_a_dataset_that_is_not_there_is_answered_with_the_one_that_may_be_meant(tmp_path, monkeypatch, name, flags):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/novel", "other/my text"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "manifest.json").touch()
+    with pytest.raises(UserError, match=rf"there is no dataset data/{name}, but there is .*: use {flags}$"):
+        dataset.read_manifest(Path("data", name))
+    with pytest.raises(UserError, match="no finished dataset in data/c4: run python prepare.py --dataset=c4"):
+        dataset.read_manifest(Path("data/c4"))
 
 
 def test_read_manifest_refuses_what_cannot_be_trained_on(tmp_path):

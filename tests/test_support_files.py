@@ -5,6 +5,7 @@ import os
 import stat
 
 import pytest
+import torch
 
 from configurator import UserError
 from support.files import check_target, leftovers, locked, read_json, read_text, replacing, write_json
@@ -143,6 +144,12 @@ def test_another_encoding_is_named_with_what_converts_it(tmp_path, encoding, nam
     (tmp_path / "my text.txt").write_bytes(text.encode(encoding) * 3)
     with pytest.raises(UserError, match=rf"not UTF-8 text, perhaps {name}.*iconv -f {name} -t UTF-8 '.*my text.txt'"):
         read_text(str(tmp_path / "my text.txt"))
+
+
+def test_a_checkpoint_given_as_a_text_is_named_with_the_flags_that_take_it(tmp_path):
+    torch.save({"model": {}}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="best.pt holds zip data, not text: --init_from takes a checkpoint, --load_state"):
+        read_text(str(tmp_path / "best.pt"))
 
 
 def test_a_pipe_is_read_to_its_end_and_one_that_nobody_writes_to_does_not_hang(tmp_path):

@@ -65,6 +65,26 @@ def test_no_picture_is_drawn_over_another_file_or_without_a_known_ending(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png", "thesis.pdf"]
 
 
+@pytest.mark.parametrize("name, text", [("metrics.jsonl", '{"loss": 1.0, "epoch": 3}\n'), ("metrics.jsonl", "notes"),
+                                        ("metrics.jsonl", "a\nb\nc\n"), ("loss.png", "a photo")])
+def test_a_run_does_not_write_over_the_users_own_files_of_its_names(run, tmp_path, name, text):
+    out = tmp_path / "run/out"
+    out.mkdir(parents=True)
+    (out / name).write_text(text)
+    result = run("--max_steps=2")
+    assert result.code == 2 and f"out/{name} is not the lo" in result.err.splitlines()[-1]
+    assert [path.read_text() for path in out.iterdir()] == [text]
+    (out / name).unlink()
+    assert run("--max_steps=2").code == 0
+
+
+def test_a_log_that_was_cut_in_its_first_line_is_that_of_a_run(run, tmp_path):
+    (tmp_path / "run/out").mkdir(parents=True)
+    for cut in ("{", '{"step": 1, "lo'):
+        (tmp_path / "run/out/metrics.jsonl").write_text(cut)
+        assert run("--max_steps=2", "--resume=false").code == 0
+
+
 def test_a_picture_that_cannot_be_written_fails_no_run(run, monkeypatch):
     monkeypatch.setattr(train, "plot_losses", plot_losses)
     run("--max_steps=3")
