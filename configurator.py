@@ -270,6 +270,8 @@ def meant(word, argv, legal):
     likely = {"init_from": path.suffix == ".pt", "out_dir": path.parts[:1] == ("out",) or (path / "ckpt.pt").exists(),
               "data_files": path.exists(), "file": path.is_file(), "prompt": not word.startswith("-")}
     given = {flag[2:].partition("=")[0] for flag in argv}
+    if "data_files" in given and path.exists():  # the shell has expanded a pattern that was not quoted
+        return "write all files in one flag, in quotes: --data_files='texts/*.txt'"
     keys = [key for key, fits in likely.items() if fits and key in legal - given]
     return f"write --{keys[0]}={shell(word)}" if keys else ""
 

@@ -84,6 +84,8 @@ class PrepareConfig:
             raise UserError(f"--shards must be N or a:b within 0:{C4_TRAIN}, got {self.shards!r}")
         if (self.config or self.max_documents) and not self.hub:
             raise UserError("--config and --max_documents belong to --hub=OWNER/NAME")
+        if "://" in self.hub:
+            raise UserError(f"--hub takes OWNER/NAME, which are part of that address, not {self.hub}")
         if self.hub and self.data_files:
             raise UserError("give --hub or --data_files, not both")
         if (self.hub or self.data_files) and self.dataset == "stdlib" or self.hub and self.dataset == "c4":

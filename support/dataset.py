@@ -403,7 +403,7 @@ def check_not_empty(folder, manifest):
         if not any(entry["documents"] for entry in entries if entry["split"] == split):
             skipped = [example for entry in entries for example in entry.get("examples", [])]
             empty = sum(entry.get("empty", 0) for entry in entries)
-            skipped = "; ".join(skipped + [f"{empty:,} empty documents"] * bool(empty))
+            skipped = "; ".join(skipped + [f"empty documents: {empty:,}"] * bool(empty))
             raise NoDocuments(f"{folder} has no {split} documents: {fix}" + f" (skipped: {skipped})" * bool(skipped))
 
 

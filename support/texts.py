@@ -70,8 +70,14 @@ def identity(path):
 
 def why_none(pattern):
     path = os.path.expanduser(pattern)
+    if "://" in pattern:
+        return f"{pattern} is an address: download it first, and name the file"
     if os.path.isdir(path):
-        return f"{pattern} is a folder: name its files, {shell(os.path.join(pattern, '*.txt'))}"
+        found = {ending for name in os.listdir(path) for ending in EXTENSIONS if name.lower().endswith(ending)}
+        patterns = [shell(os.path.join(pattern, f"*{ending}")) for ending in EXTENSIONS if ending in found]
+        if not found:
+            return f"{pattern} is a folder without {', '.join(EXTENSIONS)} files: name files that are there"
+        return f"{pattern} is a folder: name its files, {' or '.join(patterns)}"
     if os.path.lexists(path):
         return f"{pattern} is not a regular file, or a link to none: name a file"
     return f"no file matches {pattern!r}"

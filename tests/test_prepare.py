@@ -539,6 +539,20 @@ def test_nothing_to_train_on_but_validation_and_tests_is_refused(tmp_path):
     assert "all 2 files are named as validation files or tests: none is left to train on" in error
 
 
+@pytest.mark.parametrize("files, given, words", [
+    (["t/a.jsonl", "t/b.md"], ["--data_files=t"], "t is a folder: name its files, 't/*.jsonl'"),
+    (["t/a.TXT", "t/b.parquet"], ["--data_files=t"], "t is a folder: name its files, 't/*.txt' or 't/*.parquet'"),
+    (["t/b.md"], ["--data_files=t/"], "t/ is a folder without .txt, .jsonl"),
+    ([], ["--data_files=http://x.org/a.txt"], "http://x.org/a.txt is an address: download it first"),
+    ([], ["--hub=https://x.org/datasets/a/b"], "--hub takes OWNER/NAME, which are part of that address"),
+    (["a.txt", "b.txt"], ["--data_files", "a.txt", "b.txt"], "write all files in one flag, in quotes: --data_files='")])
+def test_what_is_no_file_or_pattern_is_answered_with_what_to_type(tmp_path, files, given, words):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert words in refusal(tmp_path, "--dataset=d", *given)
+
+
 def test_small_files_of_any_kind_share_a_bin(tmp_path):
     import pyarrow
     for i in range(15):
@@ -712,7 +726,7 @@ def test_where_no_record_of_a_hub_dataset_has_text_the_fields_there_are_are_name
 
 def test_empty_documents_alone_are_called_that(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 40)
-    assert "no train documents: look into its source files (skipped: 40 empty documents)" in refusal(
+    assert "no train documents: look into its source files (skipped: empty documents: 40)" in refusal(
         tmp_path, "--dataset=d", "--data_files=a.jsonl")
 
 
