@@ -158,7 +158,7 @@ def load_checkpoint(path, device="cpu"):
 
 def is_state(content):
     """Whether this is what a file of sample.py's --save_state holds."""
-    return isinstance(content, dict) and {"state", "unread"} <= content.keys()
+    return isinstance(content, dict) and {"state", "unread", "half", "seed", "rng", "device"} <= content.keys()
 
 
 def check_contents(checkpoint):

@@ -28,7 +28,7 @@ from configurator import UserError, command, configure, help_first, shell
 
 help_first(__name__, __file__)
 
-from support.checks import at_least                                               # support comes before torch
+from support.checks import at_least, require                                      # support comes before torch
 from support.files import check_target, read_text, replacing
 from support.machine import out_of_memory, say
 
@@ -248,6 +248,7 @@ def read_state(path, model, generator, seed):
     if isinstance(carried, dict) and "model_config" in carried:
         raise UserError(f"{path} is a checkpoint, not a state: use {shell(f'--init_from={path}')}")
     try:
+        require(is_state(carried), "it lacks what a state has")
         other = carried["model"] != identity(model)
         why = difference(carried.get("settings", {}), model) if other else ""
         state = TextState(carried["state"], carried["unread"], bytes(carried["half"]))
