@@ -36,13 +36,12 @@ from configurator import UserError, command, configure, help_first
 
 help_first(__name__, __file__)
 
-from support.advice import listed, say_what_was_made, usable_cores
+from support.advice import say_what_was_made, usable_cores
 from support.dataset import NoDocuments, bin_problems, load_tokenizer, within, write_sealed
 from support.files import file_sha256, leftovers, locked, replacing
 from support.shards import Bin, check_disk, hash_limit, list_records, read_record, verify, write_manifest
-from support.texts import (Tally, find_files, held_out, hub_revision, local_revision, open_hub, open_shard, read,
-                           read_hub, some_of, split_tail, unreadable, valid,
-                           without_tests)
+from support.texts import (Tally, find_files, held_out, hub_revision, listed, local_revision, named_splits, open_hub,
+                           open_shard, read, read_hub, some_of, split_tail, unreadable, valid)
 
 C4 = "allenai/c4"  # the repository on the hub, and how many files its splits have
 C4_TRAIN = 1024
@@ -159,15 +158,8 @@ def list_sources(config):
 
 
 def local_sources(paths, base, val_fraction):
-    """Files named as validation, or in a folder below base that is, become the validation split; tests are left out. If
-    there are none, a share of all text does: whole documents where there are many, else the tail of each .txt."""
-    paths, tests = without_tests(paths, base)
-    validation = {path for path in paths if held_out(path, base)}
-    if len(validation) == len(paths):
-        raise UserError(f"--data_files: all {len(paths) + len(tests)} files are named as validation files"
-                        + " or tests" * bool(tests) + ": none is left to train on")
-    if tests:
-        print(f"left out, since their names say test: {listed(tests)}")
+    """Without files named as validation, a share of all text is that split: documents, or the tails of few .txt."""
+    paths, validation = named_splits(paths, base)
     documents = [path for path in paths if path.lower().endswith(".txt")]
     few = not validation and len(documents) * val_fraction < 5
     tails = {path for path in documents if few and os.path.getsize(path) * val_fraction > 1000}
@@ -248,8 +240,8 @@ def hub_sources(config):
     if train != "train" and len(splits) > 1:
         raise UserError(f"{config.hub} has no split train, only {', '.join(splits)}")
     kinds = {"train": train, "val": validation} if validation else {"both": train}
-    if others := [split for split in splits if split not in (train, validation)]:
-        print(f"left out: split {listed(others)}")
+    if others := splits.keys() - {train, validation}:
+        print(f"left out: split {listed(sorted(others))}")
     sources = []
     for kind, split in kinds.items():
         for i in range(splits[split]):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import escape, shell
-from support.texts import MEANINGS
+from support.texts import MEANINGS, listed
 
 MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
 LEAST = 10_000  # tokens to train on: fewer are read 40 times in the 100 steps of the shortest run
@@ -94,11 +94,6 @@ def next_steps(dataset, data_dir, vocab_size, train, val):
     here = (f"next, about {duration(tiny.seconds(train))} on this machine's CPU when nothing else runs on it:\n"
             f"    {tiny.command(train, val, names)}")
     return f"{here}\nor, on a GPU:\n{on_a_gpu}" if train >= MUCH else here
-
-
-def listed(paths, most=20):
-    more = len(paths) - most
-    return escape(", ".join(paths[:most])) + f" and {more} more" * (more > 0)
 
 
 def say_what_was_made(config, manifest, sources):

@@ -17,7 +17,7 @@ import threading
 import zlib
 from pathlib import Path
 
-from configurator import UserError, shell, show
+from configurator import UserError, escape, shell, show
 from support.dataset import clean
 from support.files import check_text, encoding_of, file_sha256, not_text
 
@@ -148,13 +148,25 @@ def held_out(path, base, words=VALIDATION):
     return bool(re.search(f"(?<![a-z]){words}(?![a-z])", name, re.IGNORECASE))
 
 
-def without_tests(paths, base):
-    """The paths without those that say test, and those: nothing may be learned or chosen by a test. Where all say so,
-    it means something else."""
+def listed(paths, most=20):
+    more = len(paths) - most
+    return escape(", ".join(paths[:most])) + f" and {more} more" * (more > 0)
+
+
+def named_splits(paths, base):
+    """(Paths to use, those among them that their names say to be validation). Those that say test are left out: nothing
+    may be learned or chosen by a test. Where all say so, it means something else."""
     tests = [path for path in paths if held_out(path, base, TEST)]
     if len(tests) == len(paths):
-        return paths, []
-    return [path for path in paths if path not in tests], tests
+        tests = []
+    used = [path for path in paths if path not in tests]
+    validation = {path for path in used if held_out(path, base)}
+    if len(validation) == len(used):
+        raise UserError(f"--data_files: all {len(paths)} files are named as validation files" + " or tests" * bool(tests)
+                        + ": none is left to train on")
+    if tests:
+        print(f"left out, since their names say test: {listed(tests)}")
+    return used, validation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
