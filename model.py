@@ -240,14 +240,14 @@ def linear_attention_quadratic(q, k, v, log_decay=None, beta=None, state=None):
     return y.to(q.dtype), S
 
 
-def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None):
-    """Linear attention token by token: O(T), with a state of fixed size.
+def linear_attention_recurrent(q, k, v, log_decay=None, beta=None, state=None, *, overwrite=False):
+    """Linear attention token by token: O(T), with a state of fixed size. A single token on a GPU runs in Triton.
 
-    Arguments as for linear_attention_quadratic.
+    Arguments as for linear_attention_quadratic; overwrite allows that token to update the given state in place.
     """
     check_shapes(q, k, v, log_decay, beta, state)
     if kernels.takes_step(q, v):
-        return kernels.linear_attention(q, k, v, log_decay, beta, state)
+        return kernels.linear_attention_step(q, k, v, log_decay, beta, state, overwrite)
     form = recurrent if beta is None else delta_recurrent
     with torch.autocast(q.device.type, enabled=False):
         y, S = form(*widened(q, k, v, log_decay, beta, state))
@@ -397,7 +397,7 @@ def taylor(x):
     weight = (0.5 + 0.5 * (i != j).to(x.dtype)).sqrt()
     # x_i is picked by a product with one-hot columns. The gradient of x[..., i] would be a scatter, far slower.
     one_hot = torch.eye(d, dtype=x.dtype, device=x.device)
-    squares = (x @ one_hot[:, i]) * (x @ (one_hot[:, j] * weight))
+    squares = (x @ one_hot[:, i]) * (x @ one_hot[:, j]) * weight
     return torch.cat([torch.ones_like(x[..., :1]), x, squares], dim=-1)
 
 
@@ -429,10 +429,11 @@ def normalised(form, q, k, v, q_den, k_den, log_decay=None, state=None, **option
       state: (B,H,K,V+1), which is S (B,H,K,V) and Z (B,H,K,1), the state of the denominator.
     Returns: y (B,H,T,V) in q.dtype; the state after the last token.
     """
-    chunks_in_kernels = form is linear_attention_chunked and kernels.available(q, v)
-    token_in_kernel = form is linear_attention_recurrent and kernels.takes_step(q, v)
-    if chunks_in_kernels or token_in_kernel:
+    check_shapes(q, k, v, log_decay, None, state, columns=v.shape[-1] + 1)
+    if form is linear_attention_chunked and kernels.available(q, v):
         return kernels.normalised_linear_attention(q, k, v, q_den, k_den, log_decay, state, **options)
+    if form is linear_attention_recurrent and kernels.takes_step(q, v):
+        return kernels.normalised_linear_attention_step(q, k, v, q_den, k_den, log_decay, state, **options)
     # A form returns y in the dtype of q. The denominator must not be rounded, so its arguments are fp32.
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -522,13 +523,13 @@ class Projection(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, in the dtype of the weight, which stays fp32 when the model decodes in bf16."""
+    """x / rms(x) * weight, computed in the dtype of the weight, which stays fp32 when the model decodes in bf16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def split_heads(x, n_heads, widths):
@@ -594,7 +595,7 @@ class LinearAttention(nn.Module):
         if not self.config.causal:
             return linear_attention_bidirectional, {}
         if q.shape[2] == 1:
-            return linear_attention_recurrent, {}
+            return linear_attention_recurrent, {"overwrite": speedups.overwriting}
         return linear_attention_chunked, {"chunk_size": self.config.chunk_size}
 
 
@@ -635,7 +636,7 @@ class ExtendedLinearAttention(LinearAttention):
         rope = ropes.get(q.shape[-1])
         y, S = speedups.checkpointed(self.attend, q, k, v, S, rope, self.log_decay(x), self.strength(x))
         if config.normaliser == "rms":
-            y = self.norm(y).to(v.dtype)
+            y = self.norm(y)
         y = merge_heads(y)
         if config.output_gate:
             y = y * F.silu(self.gate(x))
@@ -655,7 +656,7 @@ class ExtendedLinearAttention(LinearAttention):
             h = torch.arange(self.config.n_heads, device=x.device, dtype=wide)
             log_gamma = torch.log1p(-2.0 ** (-5 - h))
             return log_gamma[:, None].expand(x.shape[0], -1, x.shape[1])
-        if self.config.decay == "gated":                              # g = -A softplus(x W + bias) [6, 8]
+        if self.config.decay == "gated":                              # g = -exp(log_A) softplus(x W + bias) [6, 8]
             step = F.softplus(self.decay(x).to(wide) + self.decay_bias)
             return -(self.log_A.to(wide).exp() * step).transpose(1, 2)
         return None

@@ -24,7 +24,7 @@ from configurator import Failed, UserError, command, configure, help_first
 help_first(__name__, __file__, config_file=False)
 
 from support.files import check_target, read_json, write_json                     # support comes before torch
-from support.machine import device_name, pick_device, race, say
+from support.machine import allow_recompiles, device_name, pick_device, race, say
 from support.report import table
 
 import torch
@@ -153,7 +153,7 @@ def main():
         raise UserError("gpu_check times kernels that only an Nvidia GPU runs, and there is none: --quick=True tries "
                         "the check itself")
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64                                     # all presets compile Block.forward
+    allow_recompiles(64)                                                          # all presets compile Block.forward
     if config.warm:
         for name in config.names:
             for call, _ in calls(name, config, device).values():

@@ -53,7 +53,7 @@ from configurator import UserError, command, configure, help_first
 help_first(__name__, __file__, config_file=False)
 
 from support.files import read_json, write_json                                   # support comes before torch
-from support.machine import autocast, device_name, pick_device, pick_precision, race, say
+from support.machine import allow_recompiles, autocast, device_name, pick_device, pick_precision, race, say
 from support.report import picture, table
 from support.side_by_side import visible_gpus, watch_parent
 from support.speedups import captured
@@ -290,7 +290,7 @@ class Trainer:
         self.hidden = hidden
         self.loss = answer_loss
         if compiled:
-            torch._dynamo.config.recompile_limit = 256                            # shapes times configurations
+            allow_recompiles(256)                                                 # shapes times configurations
             self.hidden = torch.compile(hidden, dynamic=False)
             self.loss = torch.compile(answer_loss, dynamic=False)
 

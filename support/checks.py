@@ -20,14 +20,15 @@ def at_least(config, least, *names):
         require(value >= least, f"{name} must be at least {least}, got {value}")
 
 
-def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1):
-    """The arguments of linear_attention_chunked. The sentence names the one that does not fit q."""
+def check_shapes(q, k, v, log_decay, beta, state, chunk_size=1, columns=None):
+    """The arguments of linear_attention_chunked, the state with V columns or as many as are said. The sentence names
+    the one that does not fit q."""
     require(q.dim() == 4 and 0 not in q.shape, f"q must be (B,H,T,K), each at least 1, got {tuple(q.shape)}")
     require(chunk_size >= 1, f"chunk_size must be at least 1, got {chunk_size}")
     B, H, T, K = q.shape
     V = v.shape[-1]
     wanted = {"k": (k, (B, H, T, K)), "v": (v, (B, H, T, V)), "log_decay": (log_decay, (B, H, T)),
-              "beta": (beta, (B, H, T)), "state": (state, (B, H, K, V))}
+              "beta": (beta, (B, H, T)), "state": (state, (B, H, K, columns or V))}
     for name, (x, shape) in wanted.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}, got {tuple(x.shape)}")
@@ -96,7 +97,8 @@ def check_without_order(config):
 @torch.no_grad()
 def check_mixers(model, plugin):
     """UserError where a mixer of the user's own breaks the contract beside model.MIXERS: a text read in two calls must
-    give what it gives in one. Otherwise the mixer sees later tokens, and learns nothing else, or its state is too small.
+    give what it gives in one. Otherwise the mixer sees later tokens, and learns nothing else, or its state is too
+    small.
     """
     tokens = min(12, model.config.seq_len)
     if not model.config.causal or tokens < 2:
@@ -118,5 +120,5 @@ def check_mixers(model, plugin):
         model.train(training)
     parts = torch.cat([first, rest], dim=1)
     if not torch.allclose(parts, whole, rtol=0, atol=1e-3 * float(whole.abs().max())):
-        raise UserError(f"{plugin}: read in two calls, a text gives other results than in one: a mixer sees later tokens, "
-                        "or its state does not hold all that it needs")
+        raise UserError(f"{plugin}: read in two calls, a text gives other results than in one: a mixer sees later "
+                        "tokens, or its state does not hold all that it needs")

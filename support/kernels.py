@@ -1,10 +1,12 @@
-"""The chunked form of linear attention on a GPU, in Triton: the same numbers as `chunked` of model.py, faster.
+"""The chunked form of linear attention on a GPU, in Triton: the same numbers as `chunked` of model.py, faster. And the
+recurrent form for one token, for decoding.
 
 Plain PyTorch writes every intermediate of a chunk to memory: scores, decays, and all of it again for the gradients.
 Here they live and die in registers. What is still written is one state per chunk, in the dtype of the matrix products
 (bf16 inputs: bf16, to which a product would round it anyway). Sums over time stay in fp32.
 
-The letters are those of model.py. For a chunk of C tokens that starts from the state S_0:
+The letters are those of model.py, with the matrices of a chunk, a row per token, as capitals: Q, K, V and U. (In code,
+K, V and C are sizes.) For a chunk of C tokens that starts from the state S_0:
 
     P   = Q K^T * decay                                 decay_ij = exp(G_i - G_j) for i >= j, else 0
     Y   = since_start Q S_0 + P U                       S_1  = kept S_0 + (until_end K)^T U
@@ -21,10 +23,9 @@ The letters are those of model.py. For a chunk of C tokens that starts from the 
 
 The scans run in parallel over batch, heads and blocks of S; the others over chunks too. P is computed again in
 backward: a product costs less than its bytes. The normaliser divides Y by the sum of weights, since_start Q Z_0 + P 1,
-where Z is the state's column of ones, a vector beside S. Its Q and K may be others than those of Y, as rope turns the
+where Z is the state of the denominator, a vector beside S. Its Q and K may be others than those of Y, as rope turns the
 numerator alone: NORM is "none", "own" (the same Q and K) or "other" (q_den and k_den).
 """
-import contextlib
 import types
 
 import torch
@@ -62,32 +63,32 @@ def head(x, bh, H):
 
 
 @jit
-def load(x, row, rows, col, cols, R, C):
-    """The (R,C) tile of a head that starts at (row, col), with zeros from rows and from cols on."""
-    i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, C)[None, :]
+def load(x, row, rows, col, cols, height, width):
+    """The (height,width) tile of a head that starts at (row, col), with zeros from rows and from cols on."""
+    i = tl.arange(0, height)[:, None]
+    j = tl.arange(0, width)[None, :]
     start = x[0] + tl.cast(row, tl.int64) * x[1] + col
     return tl.load(start + (i * x[1] + j), mask=(row + i < rows) & (col + j < cols), other=0)
 
 
 @jit
-def store(x, tile, row, rows, col, cols, R, C):
-    i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, C)[None, :]
+def store(x, tile, row, rows, col, cols, height, width):
+    i = tl.arange(0, height)[:, None]
+    j = tl.arange(0, width)[None, :]
     start = x[0] + tl.cast(row, tl.int64) * x[1] + col
     tl.store(start + (i * x[1] + j), tile, mask=(row + i < rows) & (col + j < cols))
 
 
 @jit
-def load_row(x, start, stop, C):
-    """C elements of a head (T,) from start on, with zeros from stop on."""
-    i = start + tl.arange(0, C)
+def load_row(x, start, stop, width):
+    """`width` elements of a head (T,) from start on, with zeros from stop on."""
+    i = start + tl.arange(0, width)
     return tl.load(x[0] + i * x[1], mask=i < stop, other=0).to(tl.float32)
 
 
 @jit
-def store_row(x, row, start, stop, C):
-    i = start + tl.arange(0, C)
+def store_row(x, row, start, stop, width):
+    i = start + tl.arange(0, width)
     tl.store(x[0] + i * x[1], row, mask=i < stop)
 
 
@@ -354,8 +355,9 @@ def step(
             keys = load_row(row_of(head(k_den, bh, H), 0), 0, K, BK)
         sums = state[0] + V, state[1]                               # the last column of the state
         Z = kept * load_row(sums, 0, K, BK) + keys
-        store_row(sums, Z, 0, K, BK)
         Y /= tl.sum(queries * Z, 0) + 1e-6
+        tl.debug_barrier()                                          # every warp has loaded all of Z
+        store_row(sums, Z, 0, K, BK)
     store_row(row_of(head(y, bh, H), 0), Y, 0, V, BV)
 
 
@@ -679,7 +681,7 @@ def delta_value_gradients(v, b, derror, dv, db, n, col, T, V, C, BV):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The launches, as two operators that PyTorch knows by name: torch.compile takes them as they are. The functions that
+# The launches, as operators that PyTorch knows by name: torch.compile takes them as they are. The functions that
 # allocate their results double as their shape rules.
 
 
@@ -696,7 +698,7 @@ def sizes(q, v, b, chunk_size):
     """The constants of all kernels: chunks of up to 64 tokens; 32 where wide tiles of fp32 need the room.
 
     Trap: with K = 256 in bf16, the delta rule's gradient of k was wrong by 3 % on an H100, cause unknown (in fp32 it is
-    right): above 128 it goes the way of fp32.
+    right): above 128 the delta rule multiplies in fp32.
     """
     K = q.shape[-1]
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
@@ -924,20 +926,6 @@ def takes_step(q, v):
     return runs_on(q) and q.shape[2] == 1 and wide <= 256 and not torch.is_grad_enabled()
 
 
-overwritten = False
-
-
-@contextlib.contextmanager
-def overwriting_states():
-    """In here a step of one token updates the state that it is given, not a copy: for one that nobody else holds."""
-    global overwritten
-    overwritten = True
-    try:
-        yield
-    finally:
-        overwritten = False
-
-
 def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=64):
     """linear_attention_chunked of model.py in 2 or 3 kernels: O(T C) work, O(T) memory. With beta, the delta rule.
 
@@ -947,14 +935,29 @@ def linear_attention(q, k, v, log_decay=None, beta=None, state=None, chunk_size=
     return run(q, k, v, log_decay, beta, None, None, state, False, chunk_size)
 
 
+def linear_attention_step(q, k, v, log_decay=None, beta=None, state=None, overwrite=False):
+    """linear_attention_recurrent of model.py for one token, in one kernel, in fp32. overwrite: in place of state."""
+    return run_step(q, k, v, log_decay, beta, None, None, state, False, overwrite)
+
+
 def normalised_linear_attention(q, k, v, q_den, k_den, log_decay=None, state=None, chunk_size=64):
     """y divided by the sum of the weights that q_den and k_den make, plus 1e-6; the state (B,H,K,V+1), with that sum's.
 
     With q and k themselves for q_den and k_den, those sums cost next to nothing.
     """
+    return run(q, k, v, log_decay, None, *others(q, k, q_den, k_den), state, True, chunk_size)
+
+
+def normalised_linear_attention_step(q, k, v, q_den, k_den, log_decay=None, state=None, overwrite=False):
+    """The same for one token, in one kernel."""
+    return run_step(q, k, v, log_decay, None, *others(q, k, q_den, k_den), state, True, overwrite)
+
+
+def others(q, k, q_den, k_den):
+    """q_den and k_den, or None and None where they are q and k."""
     if q_den is q and k_den is k:
-        q_den, k_den = None, None
-    return run(q, k, v, log_decay, None, q_den, k_den, state, True, chunk_size)
+        return None, None
+    return q_den, k_den
 
 
 def run(q, k, v, log_decay, beta, q_den, k_den, state, norm, chunk_size):
@@ -964,17 +967,10 @@ def run(q, k, v, log_decay, beta, q_den, k_den, state, norm, chunk_size):
         tensors = [x if x is None else x.to(dtype) for x in tensors]
     q, k, v, q_den, k_den = tensors
     B, H, T, K = q.shape
-    g, b = (x if x is None else x.float() for x in (log_decay, beta))
-    if takes_step(q, v):
-        if state is None:
-            state = q.new_zeros(B, H, K, v.shape[-1] + norm, dtype=torch.float32)
-        elif not overwritten:
-            state = state.clone()
-        state = state.float().contiguous()
-        return torch.ops.lat.step(q, k, v, g, b, q_den, k_den, state, norm), state
     pad = -K % 16                                                   # aligned rows load 16 bytes at once
     if pad:
         q, k, q_den, k_den = (x if x is None else F.pad(x, (0, pad)) for x in (q, k, q_den, k_den))
+    g, b = (x if x is None else x.float() for x in (log_decay, beta))
     if state is None:
         state = q.new_zeros(B, H, K + pad, v.shape[-1] + norm, dtype=torch.float32)
     else:
@@ -982,6 +978,17 @@ def run(q, k, v, log_decay, beta, q_den, k_den, state, norm, chunk_size):
     operation = torch.ops.lat.linear_attention if torch.compiler.is_compiling() else Eager.apply
     y, state, *_ = operation(q, k, v, g, b, q_den, k_den, state, norm, chunk_size)
     return y, state[:, :, :K]
+
+
+def run_step(q, k, v, log_decay, beta, q_den, k_den, state, norm, overwrite):
+    B, H, _, K = q.shape
+    g, b = (x if x is None else x.float() for x in (log_decay, beta))
+    if state is None:
+        state = q.new_zeros(B, H, K, v.shape[-1] + norm, dtype=torch.float32)
+    elif not overwrite:
+        state = state.clone()
+    state = state.float().contiguous()
+    return torch.ops.lat.step(q, k, v, g, b, q_den, k_den, state, norm), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -109,6 +109,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def allow_recompiles(limit):
+    """torch.compile specialises a function so often, instead of 8 times, before it falls back to eager."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(config, name, limit)
+
+
 def compile_blocks(model, wanted, device):
     """Compiles each block (one compilation serves equal ones) and the loss, in place, or says in one line why not."""
     if wanted is False or wanted == "auto" and device.type != "cuda":

@@ -338,7 +338,7 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def picture(path, draw, told="wrote", **panels):
-    """Writes what draw(axes) draws, in the format of its ending. Where matplotlib is missing or fails, one line says so, no more."""
+    """Writes what draw(axes) draws, in the format of its ending. Where matplotlib is missing or fails, a line says so."""
     try:
         os.environ.pop("MPLBACKEND", None)                                        # a notebook's, which may not be here
         logging.getLogger("matplotlib").setLevel(logging.CRITICAL)                # it warns of its folders at import

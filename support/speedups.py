@@ -293,9 +293,9 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softmax_loss, chunk=Non
 
 # Options of torch.compile for decoding, where a step is many short kernels.
 DECODING = {
-    "coordinate_descent_tuning": True,  # it multiplies a matrix by a vector itself, at the speed of the memory
-    "realize_opcount_threshold": 5,     # what all layers need, as the angles of rope, is computed once
-    "combo_kernels": True,              # what does not depend on each other shares a launch
+    "coordinate_descent_tuning": True,  # matrix times vector in generated code, at the speed of the memory
+    "realize_opcount_threshold": 5,     # what all layers use, such as the angles of rope, is computed once
+    "combo_kernels": True,              # independent kernels share a launch
 }
 
 
@@ -333,6 +333,21 @@ def recordable(idx, state, after):
     return [getattr(x, "shape", None) for x in old] == [getattr(x, "shape", None) for x in new]
 
 
+overwriting = False
+
+
+@contextlib.contextmanager
+def overwriting_states():
+    """Inside, mixers that read their state once may update it in place: nobody else holds it."""
+    global overwriting
+    before = overwriting
+    overwriting = True
+    try:
+        yield
+    finally:
+        overwriting = before
+
+
 def cuda_graph(step, idx, state, generator=None, compiled=False):
     """step(idx, state) -> (tokens, state) as one CUDA graph: a step is many kernels, shorter than their launches.
 
@@ -354,7 +369,7 @@ def cuda_graph(step, idx, state, generator=None, compiled=False):
         return tokens
     if compiled:
         advance = torch.compile(advance, dynamic=False, options=DECODING)
-    with autocast, kernels.overwriting_states():
+    with autocast, overwriting_states():
         graph, tokens = captured(advance, generator=generator)
     write(given)                                                      # back to before the warm-up
 

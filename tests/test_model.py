@@ -267,6 +267,27 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(name):
             form(**x)
 
 
+def test_a_normalised_form_refuses_a_state_without_its_last_column_or_of_another_batch():
+    q, k, v = torch.rand(3, 2, 3, 5, 4)
+    for state in (torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 5)):
+        with pytest.raises(ValueError, match=r"^state must have shape \(2, 3, 4, 5\)"):
+            normalised(model.linear_attention_chunked, q, k, v, q, k, state=state)
+
+
+@pytest.mark.parametrize("options", [{}, dict(norm="layer"), dict(normaliser="rms", mixers="linear softmax")],
+                         ids=["base", "layer norm", "rms"])
+def test_a_model_with_its_matrices_in_bf16_can_be_called_without_autocast(options):
+    lm = LM(ModelConfig(vocab_size=60, dim=16, depth=3, n_heads=2, **options))
+    for p in lm.parameters():
+        p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    idx = torch.randint(60, (2, 9))
+    with torch.no_grad():
+        logits, state = lm(idx)
+        assert logits.dtype == torch.bfloat16 and len(list(lm.generate(idx, 3))) == 3
+    exact, _ = lm.float()(idx)
+    assert (logits.float() - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("name, wrong", [
     ("q", dict(q=torch.rand(2, 5, 4))), ("q", dict.fromkeys("qkv", torch.rand(0, 2, 5, 4))),
     ("q", dict.fromkeys("qkv", torch.rand(2, 2, 0, 4))), ("k", dict(k=torch.rand(2, 5, 4))),

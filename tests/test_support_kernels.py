@@ -2,7 +2,6 @@
 all gradients, against a loop over tokens in float64. With no GPU they are skipped, unless Triton interprets them:
     pip install triton "numpy<2.4"; TRITON_INTERPRET=1 python -m pytest tests/test_support_kernels.py
 """
-import contextlib
 import math
 import os
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from support import kernels
 from support.kernels import linear_attention, normalised_linear_attention
 
@@ -166,23 +166,40 @@ def test_any_split_over_calls_equals_one_call(normaliser, rule):
 @pytest.mark.parametrize("normaliser, rule", [(None, rule) for rule in RULES] + [
     (kind, rule) for kind in ("own", "other") for rule in ("plain", "decay")])
 @pytest.mark.parametrize("K, V", [(3, 5), (64, 64), (70, 1)] if INTERPRETED else [(16, 16), (153, 64), (96, 192)])
-def test_single_tokens_take_the_kernel_of_one_token_and_are_the_recurrence(K, V, normaliser, rule, monkeypatch):
-    taken = []
-    monkeypatch.setattr(kernels, "takes_step", lambda q, v: taken.append(q) is None and q.shape[2] == 1)
+def test_single_tokens_take_the_kernel_of_one_token_and_are_the_recurrence(K, V, normaliser, rule):
     x = {name: value.detach() for name, value in operands(4, rule, normaliser, K, V).items()}
     wanted = call(recurrence, x, normaliser)
     state = x.pop("state")
     given = state.clone()
-    for overwriting in (False, True):
+    step = kernels.linear_attention_step if normaliser is None else kernels.normalised_linear_attention_step
+    for overwrite in (False, True):
         ys, S = [], state
         for part in zip(*(value.split(1, dim=2) for value in x.values())):
-            with kernels.overwriting_states() if overwriting else contextlib.nullcontext():
-                y, S = call("kernels", dict(zip(x, part), state=S), normaliser)
+            y, S = call(step, dict(zip(x, part), state=S), normaliser, overwrite=overwrite)
             ys.append(y)
         torch.testing.assert_close((torch.cat(ys, dim=2), S), wanted, rtol=1e-5, atol=1e-5)
-        assert len(taken) == 4 and (S is state) == overwriting
-        assert torch.equal(state, given) != overwriting                           # a kept state stays as it was
-        taken.clear()
+        assert (S is state) == overwrite
+        assert torch.equal(state, given) != overwrite                             # a kept state stays as it was
+
+
+@runs
+def test_the_recurrent_form_of_one_token_without_gradient_is_that_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "runs_on", lambda x: True)                       # interpreted, it is on a CPU
+    taken = []
+    for name in ("linear_attention_step", "normalised_linear_attention_step"):
+        monkeypatch.setattr(kernels, name, lambda *inputs, step=getattr(kernels, name): taken.append(1) or step(*inputs))
+    q, k, v = torch.rand(3, 2, 3, 1, 16, device=DEVICE)
+    form = model.linear_attention_recurrent
+    for call, columns in ((form, 0), (lambda *x, **kept: model.normalised(form, *x, x[0], x[1], **kept), 1)):
+        state = torch.rand(2, 3, 16, 16 + columns, device=DEVICE)
+        wanted = call(q.clone().requires_grad_(), k, v, state=state)              # a gradient is asked for: no kernel
+        with torch.no_grad():
+            got = call(q, k, v, state=state)
+            for wrong in (state[:1], state[..., 1:]):                             # the kernel would write beside them
+                with pytest.raises(ValueError, match="state must have shape"):
+                    call(q, k, v, state=wrong)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert len(taken) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
