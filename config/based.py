@@ -5,7 +5,8 @@
 
 Differs: the paper's 27 layers repeat conv, linear, window, conv, conv; six layers repeat the first three here. Its
 convolution is the one of the authors' recall experiment; in their language model it is wider. Its MLP is SwiGLU; GELU
-is better here, and mlp_ratio gives it the parameters of the base model. Muon, where the paper has AdamW.
+is better here, and mlp_ratio gives it the parameters of the base model. Muon, where the paper has AdamW. Rope in the
+linear layers too, which changes nothing (docs/results.md).
 
 44.64 M parameters (18.89 M without the embedding); a sequence's state is 1.16 MB in fp32.
 """
