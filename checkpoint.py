@@ -256,11 +256,18 @@ def load_plugin(path):
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever is wrong in it
+    except (Exception, SystemExit) as error:                                      # whatever is wrong in it
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f", line {lines[-1]}" if lines else ""
         raise UserError(f"the plugin {path} fails{where}: {type(error).__name__}: {error}") from None
+
+
+def plugin_first(*configs):
+    """For configure's `inherit`: loads the plugin that one of the configs names before the next class is checked."""
+    for config in configs:
+        load_plugin(getattr(config, "plugin", ""))
+    return {}
 
 
 def make_model(settings):

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from model import (FEATURE_MAPS, LM, MIXERS, ModelConfig, SoftmaxAttention, linear_attention_chunked, merge_heads,
                    normalised, rotate, split_heads, state_bytes)
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, plugin_first
 from train import TrainConfig, evaluate
 
 
@@ -491,9 +491,15 @@ def vocabulary(config, train_config):
             config.vocab_size = 257 if train_config.dataset == "stdlib" else config.vocab_size
 
 
-def main():
-    bench, config, train_config = configure(sys.argv[1:], BenchConfig, ModelConfig, TrainConfig)
+def read_settings(argv):
+    """The BenchConfig, TrainConfig and ModelConfig of a command line; the model has its dataset's vocabulary."""
+    bench, train_config, config = configure(argv, BenchConfig, TrainConfig, ModelConfig, inherit=plugin_first)
     vocabulary(config, train_config)
+    return bench, train_config, config
+
+
+def main():
+    bench, train_config, config = read_settings(sys.argv[1:])
     device, parts = pick_device(bench.device), bench.parts.split(",")
     bench.precision = pick_precision(bench.precision, device)
     if device.type == "cuda" and bench.precision == "bf16":

@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import LM, ModelConfig, state_bytes
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model, plugin_first
 from train import Diverged, TrainConfig, refuse_changes
 from eval import default_context
 
@@ -172,7 +172,7 @@ def parse_arm(text, passed, taken, rates):
     if not file.endswith(".py"):
         raise UserError(f"{text} is not understood: an arm is FILE.py or FILE.py,key=value, a flag is --key=value")
     arguments = [file, *passed, *(f"--{setting}" for setting in settings)]
-    _, train, model = configure(arguments, CompareConfig, TrainConfig, ModelConfig)
+    _, train, model = configure(arguments, CompareConfig, TrainConfig, ModelConfig, inherit=plugin_first)
     own = {"lr", "seed", "out_dir"}                                               # a file may say them: ours win
     given = [(where, key) for where, key, *_ in read_config_file(file) if key not in own]
     for where, key in given + [(word, key_of(word)) for word in arguments[1:]]:

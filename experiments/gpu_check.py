@@ -30,9 +30,7 @@ from support.report import table
 import torch
 from tqdm import tqdm
 
-from experiments.bench import BenchConfig, decoding, training, vocabulary
-from model import ModelConfig
-from train import TrainConfig
+from experiments.bench import decoding, read_settings, training
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = ROOT / "experiments/gpu_ratios.json"
@@ -111,8 +109,7 @@ def prepare(config):
 def calls(preset, config, device):
     """{"train", "decode": (a call, the tokens that it trains on or makes)} of a preset."""
     sizes = TRY if config.quick else SIZES
-    bench, model, train = configure([f"{ROOT}/config/{preset}.py", *sizes], BenchConfig, ModelConfig, TrainConfig)
-    vocabulary(model, train)
+    bench, _, model = read_settings([f"{ROOT}/config/{preset}.py", *sizes])
     T = 64 if config.quick else 1024
     mixers = ["fixed_cache" if mixer == "softmax" else mixer for mixer in model.mixers]  # caches allocated before
     decode, _, _ = decoding(replace(model, mixers=mixers), T, 1, bench, device)

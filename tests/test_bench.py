@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import model
 import prepare
 import train
 from configurator import UserError
@@ -123,6 +124,22 @@ def test_the_card_evaluates_the_checkpoint(tmp_path, monkeypatch, capsys):
     run(monkeypatch, *flags, "--parts=card", "--repeats=1", f"--json={tmp_path / 'b.json'}")
     row = json.loads((tmp_path / "b.json").read_text())["card"]
     assert row["perplexity"] == pytest.approx(wanted, rel=1e-6) and row["MB a sequence in training"] > 0
+
+
+def test_a_mixer_in_the_users_own_file_is_measured_named_by_a_flag_or_in_a_config_file(monkeypatch, tmp_path, capsys):
+    plugin = tmp_path / "bench_own.py"
+    plugin.write_text("import model\nmodel.MIXERS['own'] = model.MIXERS['linear']")
+    preset = tmp_path / "preset.py"
+    preset.write_text(f"mixers = ['own']\nplugin = {str(plugin)!r}\n")
+    for flags in (["--mixers=own", f"--plugin={plugin}"], [str(preset)]):
+        monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
+        monkeypatch.delitem(sys.modules, "plugin_bench_own", raising=False)
+        run(monkeypatch, *SMALL, *flags, "--parts=train", "--seq_lens=32", "--memory=False")
+        assert "mixers own" in capsys.readouterr().out
+        model.MIXERS.pop("own")
+    monkeypatch.delitem(sys.modules, "plugin_bench_own", raising=False)
+    with pytest.raises(UserError, match="needs --plugin=FILE"):
+        run(monkeypatch, *SMALL, "--mixers=own")
 
 
 @pytest.mark.parametrize("flag, words", [("--parts=speed", "parts are"), ("--seq_lens=1k", "whole numbers"),

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import forked
+import model
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError, command
 from experiments import compare
@@ -109,6 +110,22 @@ def test_without_arms_seven_presets_are_compared_small_and_flags_win():
         arm.model.vocab_size = 257
     sizes = [arm.parameters() for arm in arms]
     assert max(sizes) <= 1.03 * min(sizes)
+
+
+def test_a_mixer_in_the_users_own_file_is_an_arm_named_by_a_flag_or_in_its_config_file(monkeypatch, tmp_path):
+    plugin = tmp_path / "compare_own.py"
+    plugin.write_text("import model\nmodel.MIXERS['own'] = model.MIXERS['linear']")
+    preset = tmp_path / "preset.py"
+    preset.write_text(f"mixers = ['own']\nplugin = {str(plugin)!r}\n")
+    for words in (["config/base.py,mixers=own", f"--plugin={plugin}"], [str(preset)]):
+        monkeypatch.setattr(model, "MIXERS", dict(model.MIXERS))
+        monkeypatch.delitem(sys.modules, "plugin_compare_own", raising=False)
+        _, [arm] = compare.parse(words)
+        assert arm.model.mixers == ["own"] and {*words} & {*arm.arguments}                # and train.py is given it too
+        model.MIXERS.pop("own")
+    monkeypatch.delitem(sys.modules, "plugin_compare_own", raising=False)
+    with pytest.raises(UserError, match="needs --plugin=FILE"):
+        compare.parse(["config/base.py,mixers=own"])
 
 
 @pytest.mark.parametrize("argv, wanted", [

@@ -589,7 +589,8 @@ def test_a_loop_of_links_is_no_plugin_and_no_model(run, refusal):
 
 
 @pytest.mark.parametrize("content, words", [(None, "there is no plugin mine.py"), ("x = = 1", "SyntaxError"),
-                                            ("import model\n1 / 0", "the plugin mine.py fails, line 2: ZeroDivisionError")])
+                                            ("import model\n1 / 0", "the plugin mine.py fails, line 2: ZeroDivisionError"),
+                                            ("import sys\nsys.exit(3)", "the plugin mine.py fails, line 2: SystemExit: 3")])
 def test_a_plugin_that_fails_is_one_line(run, refusal, tmp_path, content, words):
     (tmp_path / "run").mkdir()
     if content:
