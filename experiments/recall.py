@@ -256,14 +256,30 @@ def answer_loss(model, x, where, answers):
     return F.cross_entropy(logits.float(), answers.flatten())
 
 
+class PublishedBlock(nn.Module):
+    """x + mixer(norm(x)), then x + norm(x), as in the published code; dropout is on the embedding alone."""
+
+    def __init__(self, block, dim):
+        super().__init__()
+        self.norm1 = block.norm1
+        self.mixer = block.mixer
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x, state, ropes):
+        y, state = self.mixer(self.norm1(x), state, ropes)
+        x = x + y
+        return x + self.norm2(x), state
+
+
+class PublishedModel(LM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks = nn.ModuleList(PublishedBlock(block, config.dim) for block in self.blocks)
+
+
 def new_model(config, seed):
     torch.manual_seed(seed)
-    model = LM(config)
-    for block in model.blocks:
-        block.dropout = 0.0                                                       # on the embedding alone [1]
-        block.norm2 = nn.LayerNorm(config.dim)                                    # x + norm(x), as published
-        block.mlp = nn.Identity()
-    return model
+    return PublishedModel(config)
 
 
 class Trainer:

@@ -87,7 +87,9 @@ def test_the_loss_at_answers_equals_the_masked_loss_over_all_positions_with_its_
 
 def test_dropout_acts_on_the_embedding_alone():
     model = recall.new_model(TINY.config("elu d16"), 0)
-    assert model.config.dropout == 0.1 and all(block.dropout == 0 for block in model.blocks)
+    assert model.config.dropout == 0.1 and model.training
+    x = torch.randn(2, 8, 16)
+    assert all(torch.equal(block(x, None, {})[0], block(x, None, {})[0]) for block in model.blocks)
     dropped = [torch.equal(a, b) for a, b in zip(*(model.hidden(torch.ones(2, 8, dtype=torch.long))[0] for _ in range(2)))]
     assert not any(dropped)
 
