@@ -22,7 +22,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from configurator import Failed, UserError, fits, shell, show
-from support.dataset import load_tokenizer, tokenizer_id                          # support comes before torch
+from support.checks import require                                                # support comes before torch
+from support.dataset import load_tokenizer, tokenizer_id
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
 from support.optim import OPTIMIZERS, load_named_state, named_state, parameter_groups
@@ -30,7 +31,7 @@ from support.report import Log, is_drawn
 
 import torch
 
-from model import LM, ModelConfig, require
+from model import LM, ModelConfig
 
 CHECKPOINT = {"model": dict, "model_config": dict, "optimizer": dict, "step": int, "config": dict, "rng": dict,
               "data": dict, "best_loss": float, "recent_losses": list, "skips": list}

@@ -49,7 +49,8 @@ help_first(__name__, __file__)
 from support.checks import at_least                                               # support comes before torch
 from support.dataset import Dataset, Windows
 from support.files import check_target, read_json, replacing, write_json
-from support.machine import autocast, device_name, out_of_memory, pick_device, pick_precision, say, seconds
+from support.machine import (Diverged, autocast, device_name, out_of_memory, pick_device, pick_precision, say,
+                             seconds)
 from support.measure import cast_for_decoding, decoding_calls
 from support.report import Log, check_picture, picture, table
 from support.side_by_side import BUSY, Slots, end_with_parent, environment, visible_gpus
@@ -59,8 +60,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import LM, ModelConfig, state_bytes
-from checkpoint import load_checkpoint, load_model, plugin_first
-from train import Diverged, TrainConfig, refuse_changes
+from checkpoint import changes, load_checkpoint, load_model, plugin_first
+from train import TrainConfig
 from eval import default_context
 
 PROGRAM = Path(__file__).resolve().parent.with_name("train.py")
@@ -230,10 +231,8 @@ def check_folders(arm, out_dir, data):
                                 ) from None
         same = ["lr", "seed"] + ["precision"] * (arm.train.precision == "auto")   # of its folder; as train.py does it
         train = replace(arm.train, **{key: saved["config"][key] for key in same})
-        try:
-            refuse_changes(path, saved, train, arm.model, data)
-        except UserError as error:
-            raise UserError(f"{str(error).partition('. Use')[0]}: use another --out_dir") from None
+        if changed := changes(saved, train, arm.model, data):
+            raise UserError(f"{path} belongs to another run: {'; '.join(changed.values())}: use another --out_dir")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
