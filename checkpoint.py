@@ -4,7 +4,6 @@ In out_dir, ckpt.pt is the latest state and best.pt that of the lowest validatio
 eval.py and the experiments read them.
 """
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -271,12 +270,8 @@ def plugin_first(*configs):
     return {}
 
 
-def make_model(settings):
-    """A new model of the settings in a checkpoint."""
-    return LM(make_config(settings))
-
-
 def make_config(settings):
+    """The ModelConfig of the settings in a checkpoint."""
     try:
         return ModelConfig(**settings)
     except ValueError as error:                                                   # a mixer that is not here
@@ -327,11 +322,23 @@ def check_shared(model, weights, source):
                             "two: use --tied=False")
 
 
+class LoadedLM(LM):
+    """An LM that knows the checkpoint it came from, all but the weights, for the model card."""
+
+    def __init__(self, config, origin):
+        super().__init__(config)
+        self.origin = origin
+
+    def generate_model_card(self, **options):                                     # save_pretrained and push_to_hub ask
+        return model_card(self, self.origin, **options)
+
+
 def load_model(checkpoint, device):
     """The model of a checkpoint, as it was."""
-    model = make_model(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])}).to(device)
+    config = make_config(checkpoint["model_config"] | {"tokenizer": tokenizer_id(checkpoint["data"])})
+    origin = {key: checkpoint.get(key) for key in ("best_loss", "config", "step", "tokens", "data")}
+    model = LoadedLM(config, origin).to(device)
     load_weights(model, checkpoint)
-    model.generate_model_card = functools.partial(model_card, model, checkpoint)  # save_pretrained and push_to_hub ask
     return model
 
 
@@ -374,7 +381,7 @@ def model_card(model, checkpoint, license="other", **_):
         mixers=" ".join(config.mixers),
         feature_map=config.feature_map,
         step=checkpoint["step"],
-        tokens=checkpoint.get("tokens") or 0,
+        tokens=checkpoint["tokens"] or 0,
         dataset=settings["dataset"],
         loss=f"{best:.4f}" if best is not None and math.isfinite(best) else "not evaluated",
         tokenizer=checkpoint["data"]["tokenizer"],
@@ -595,7 +602,7 @@ def settings_of(checkpoint):
 def position_names(checkpoint):
     """The names of the parameters in the order in which its optimiser counted them."""
     with torch.device("meta"):                                                    # the model as it was, without numbers
-        model = make_model(checkpoint["model_config"])
+        model = LM(make_config(checkpoint["model_config"]))
     groups = parameter_groups(model, checkpoint["config"].get("optimizer", "adamw"))
     return [name for group in groups.values() for name in group if name in checkpoint["model"]]
 
