@@ -20,11 +20,12 @@ import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from configurator import Failed, UserError, fits, shell, show
+from configurator import Failed, UserError, first_line, fits, shell, show
 from support.checks import require                                                # support comes before torch
 from support.dataset import load_tokenizer, tokenizer_id
 from support.files import leftovers, replacing
 from support.machine import RANK, autocast, pick_device, pick_precision, say, whole
+from support.measure import cast_for_decoding
 from support.optim import OPTIMIZERS, load_named_state, named_state, parameter_groups
 from support.report import Log, is_drawn
 
@@ -143,8 +144,8 @@ def load_checkpoint(path, device="cpu"):
         reason = error.strerror or error
         raise UserError(f"cannot read {path} ({reason}): fix that, or use another checkpoint") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason}): use another one, or move it away") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}): use another one, or move it away"
+                        ) from None
     if is_state(checkpoint):
         raise UserError(f"{path} is a state, which sample.py takes as {shell(f'--load_state={path}')}; name the folder "
                         "or checkpoint of its model beside it")
@@ -462,16 +463,14 @@ def open_model(source, device="auto", precision="auto"):
     Raises: UserError for no such model, another tokenizer than here, or weights that are not numbers.
     """
     device = pick_device(device)
-    model = load_pretrained(source, device).eval()
+    model = load_pretrained(source, device)
     name, _, digest = model.config.tokenizer.partition(":")
     tokenizer = load_tokenizer(name)
     if tokenizer.hash != digest:
         raise UserError(f"the {name} tokenizer here is not the one the model was trained with")
     if device.type == "cuda" or precision != "auto":                              # steps are small: fp32 elsewhere
         precision = pick_precision(precision, device)
-    if precision == "bf16":                                                       # cast once, not at every token
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    model = cast_for_decoding(model, precision)
     check_numbers(model, source)
     return model, tokenizer
 

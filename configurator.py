@@ -507,6 +507,20 @@ def printable(text):
     return escape(" ".join(text.split()))
 
 
+def first_line(error):
+    """The first line of what an exception says; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def duration(seconds):
+    """Seconds in the unit that suits them: "1 second", "6.7 minutes", "25 days"."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            count = seconds / size
+            return f"{count:,.0f} {name}" if count >= 10 else f"{count:.2g} {name}"
+    return f"{math.ceil(seconds)} second" + "s" * (seconds > 1)
+
+
 def shell(*words):
     """The words of a command as a shell takes them; what a terminal cannot show as $'\\x1b'."""
     return " ".join(shlex.quote(word) if is_shown(word) else f"$'{in_ascii(word)}'" for word in words)

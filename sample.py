@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first, shell
+from configurator import UserError, command, configure, first_line, help_first, shell
 
 help_first(__name__, __file__)
 
@@ -244,7 +244,7 @@ def read_state(path, model, generator, seed):
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a cut zip, a flipped bit, a forbidden pickle: each its own exception type
-        raise UserError(f"{path} is damaged or not a state ({(str(error) or repr(error)).splitlines()[0]})") from None
+        raise UserError(f"{path} is damaged or not a state ({first_line(error)})") from None
     if isinstance(carried, dict) and "model_config" in carried:
         raise UserError(f"{path} is a checkpoint, not a state: use {shell(f'--init_from={path}')}")
     try:

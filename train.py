@@ -27,7 +27,7 @@ from support.dataset import Dataset, Windows, load_tokenizer
 from support.files import locked
 from support.machine import (RANK, WORLD, Diverged, autocast, check_memory, compile_blocks, gather, mean,
                              out_of_memory, peak_memory, pick_device, pick_precision, processes, progress, reduce,
-                             run_and_leave, say, shard, stop_at_signals)
+                             run_and_leave, say, shard, stop_at_signals, use_tf32)
 from support.optim import Spikes, load_named_state, lr_at, make_optimizer, named_state, split_state
 from support.report import Journal, plot_losses, print_json, wanted_trackers
 
@@ -390,8 +390,7 @@ def main():
         if checkpoint and not config.eval_only and config.resume not in CHANGED:
             refuse_changes(Path(config.out_dir, "ckpt.pt"), checkpoint, config, model_config, data.fingerprint)
         config.precision = gather(pick_precision(config.precision, device))[0]     # a probe may differ between machines
-        if device.type == "cuda" and config.precision == "bf16":
-            torch.set_float32_matmul_precision("high")                            # bf16 values are exact in TF32
+        use_tf32(device, config.precision)
         if config.eval_only:
             evaluate_only(config, model_config, checkpoint, data, device)
         elif checkpoint and is_finished(config, checkpoint["step"]):

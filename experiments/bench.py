@@ -24,14 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, first_line, help_first
 
 help_first(__name__, __file__, "model.py", "train.py")
 
 from support import kernels, speedups                                             # support comes before torch
 from support.dataset import Windows, open_split, read_manifest
 from support.files import check_target, read_json, write_json
-from support.machine import autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds
+from support.machine import (autocast, compile_blocks, peak_memory, pick_device, pick_precision, race, say, seconds,
+                             use_tf32)
 from support.measure import cast_for_decoding, decoding_calls
 from support.optim import make_optimizer
 from support.report import check_picture, picture, spread, table
@@ -67,9 +68,9 @@ class BenchConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         try:
-            self.lengths = numbers(self.seq_lens)
-            self.past = numbers(self.positions)
-            self.batches = numbers(self.decode_batch)
+            self.lengths = whole_numbers(self.seq_lens)
+            self.past = whole_numbers(self.positions)
+            self.batches = whole_numbers(self.decode_batch)
         except ValueError:
             raise ValueError("seq_lens, positions and decode_batch are whole numbers with commas: 256,1024") from None
         if min(self.lengths + self.past + self.batches) < 1:
@@ -83,7 +84,7 @@ class BenchConfig:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def numbers(text):
+def whole_numbers(text):
     return [int(number) for number in text.split(",")]
 
 
@@ -412,7 +413,7 @@ def operation_rows(T, part, configs, bench, device, figures):
         except Exception as error:
             if not name.startswith("fla"):
                 raise
-            say(f"{name}: {(str(error) or repr(error)).splitlines()[0][:100]}")
+            say(f"{name}: {first_line(error)[:100]}")
     times = race(list(itertools.chain(*works.values())), device, bench.repeats)
     sdpa = statistics.median(times[1])
     for name, *columns in zip(works, times[::2], times[1::2]):
@@ -502,8 +503,7 @@ def main():
     bench, train_config, config = read_settings(sys.argv[1:])
     device, parts = pick_device(bench.device), bench.parts.split(",")
     bench.precision = pick_precision(bench.precision, device)
-    if device.type == "cuda" and bench.precision == "bf16":
-        torch.set_float32_matmul_precision("high")
+    use_tf32(device, bench.precision)
     if bench.plot and not {"train", "decode"} & set(parts):
         raise UserError("--plot draws training and decoding: add train or decode to --parts")
     if bench.json:

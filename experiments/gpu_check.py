@@ -23,7 +23,8 @@ from configurator import Failed, UserError, command, configure, help_first
 
 help_first(__name__, __file__, config_file=False)
 
-from support.files import check_target, read_json, write_json                     # support comes before torch
+from support.advice import usable_cores                                           # support comes before torch
+from support.files import check_target, read_json, write_json
 from support.machine import allow_recompiles, device_name, pick_device, race, say
 from support.report import table
 
@@ -88,8 +89,7 @@ def last_line(output):
 
 def prepare(config):
     """Runs the tests and compiles the presets. Returns the output of those tests that failed."""
-    cores = os.cpu_count() or 1
-    tests = kernel_tests(max(1, cores // 2)) if config.tests else []
+    tests = kernel_tests(max(1, usable_cores() // 2)) if config.tests else []
     own = [sys.executable, "-m", "experiments.gpu_check", "--warm=True", f"--device={config.device}",
            f"--quick={config.quick}"]
     warm = [[*own, f"--presets={name}"] for name in ["softmax", *config.names]]

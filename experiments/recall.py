@@ -48,12 +48,14 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, command, configure, help_first
+from configurator import UserError, command, configure, first_line, help_first
 
 help_first(__name__, __file__, config_file=False)
 
-from support.files import read_json, write_json                                   # support comes before torch
-from support.machine import allow_recompiles, autocast, device_name, pick_device, pick_precision, race, say
+from support.advice import usable_cores                                           # support comes before torch
+from support.files import read_json, write_json
+from support.machine import (allow_recompiles, autocast, device_name, pick_device, pick_precision, race, say,
+                             use_tf32)
 from support.report import picture, table
 from support.side_by_side import visible_gpus, watch_parent
 from support.speedups import captured
@@ -473,7 +475,7 @@ def decoding_speed(config, batch, after, device, precision, repeats=5, steps=8):
         try:
             step = captured(step)[0].replay
         except RuntimeError as error:
-            say(f"decoding is measured with its launches, which hide differences: {str(error).splitlines()[0]}")
+            say(f"decoding is measured with its launches, which hide differences: {first_line(error)}")
     times, = race([lambda: [step() for _ in range(steps)]], device, repeats)
     return steps * batch / statistics.median(times)
 
@@ -542,8 +544,8 @@ def work(worker, epochs_done):
     setting = worker.setting
     folder = worker.folder
     torch.set_num_threads(worker.threads)
-    torch.set_float32_matmul_precision("high" if worker.precision == "bf16" else "highest")
     device = torch.device(worker.device)
+    use_tf32(device, worker.precision)
     train_data = make_data(setting.train, setting.vocab_size, 123, device)
     test_data = make_data(setting.test, setting.vocab_size, 456, device)
     names = dict.fromkeys(name for name, _, _ in worker.runs)
@@ -594,17 +596,15 @@ def usable(name, setting, device, precision, fast, data):
         except Exception as error:  # no compiler, a kernel that cannot be captured, ...: slower, but the same
             if not kind:
                 raise
-            reason = (str(error).strip() or "?").splitlines()[0]
-            say(f"{name}: not with {' and '.join(kind)}: {type(error).__name__}: {reason}")
+            say(f"{name}: {' and '.join(kind)} did not work: {type(error).__name__}: {first_line(error)}")
 
 
 def plan(names, setting, folder, device, precision, args, deadline):
     """The Workers: one for each core or so, on a CPU or spread over the GPUs."""
     gpus = visible_gpus(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runs = all_runs(names, setting)
     units = list(dict.fromkeys((name, seed) for name, _, seed in runs))
-    count = min(args.workers or min(6 * len(gpus), cores), len(units))
+    count = min(args.workers or min(6 * len(gpus), usable_cores()), len(units))
     threads = max(1, torch.get_num_threads() // count)
     workers = []
     for i in range(count):

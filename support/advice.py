@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import escape, shell
+from configurator import duration, escape, shell
 from support.texts import MEANINGS, listed
 
 MUCH = 20_000_000  # so many tokens are enough for a preset of 45 M parameters
@@ -57,14 +57,8 @@ def machine_speed(size=96):
 
 
 def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def duration(seconds):
-    for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds / 60):.0f} min"
+    """Those of this process; of a machine that does not say, all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def too_small(train, val, bytes_each):

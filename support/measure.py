@@ -7,9 +7,10 @@ from support.machine import autocast
 
 
 def cast_for_decoding(model, precision):
-    """Matrices in the precision of the products, as checkpoint.open_model has them."""
-    for p in model.parameters() if precision == "bf16" else ():
-        p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+    """The model with its matrices in the precision of the products: cast once, not at every token."""
+    for p in model.parameters():
+        if precision == "bf16" and p.dim() == 2:
+            p.data = p.data.bfloat16()
     return model.eval()
 
 

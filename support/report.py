@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError
+from configurator import UserError, duration, first_line
 from support.files import check_target, replacing
 from support.machine import RANK, progress, say
 
@@ -127,7 +127,7 @@ class WandB:
                                   config=dataclasses.asdict(run.config) | dataclasses.asdict(run.model_config))
             self.run.define_metric("*", step_metric="step")
         except Exception as error:  # no account, no network, a project that is not theirs: each its own type
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
         with replacing(path) as temporary:
             temporary.write_text(self.run.id)
@@ -289,13 +289,6 @@ class Pace:
                 + ", if later steps take as long as the first" * first)
 
 
-def duration(seconds):
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {name}"
-    return f"{math.ceil(seconds)} second" + "s" * (seconds > 1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables and lines of figures
 
@@ -359,7 +352,7 @@ def picture(path, draw, told="wrote", **panels):
             return say(f"no {path.name}: pip install matplotlib to draw it")
         say(f"no {path.name}: matplotlib cannot be imported ({error})")
     except (Exception, SystemExit) as error:  # a backend, a font, a cache folder: each its own exception type
-        say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {(str(error) or 'no word').splitlines()[0]})")
+        say(f"no {path.name}: matplotlib fails ({type(error).__name__}: {first_line(error)})")
     else:
         say(f"{told} {path}")
 

@@ -961,7 +961,7 @@ def test_the_next_command_fits_the_text_and_the_machine_and_stands_on_its_own_li
 
 def test_the_estimate_says_minutes_hours_or_days(monkeypatch):
     from support import advice
-    for speed, words in ((1e12, "about 1 min"), (1e11, "about 5 min"), (1e9, "about 9 hours"), (1e8, "about 4 days")):
+    for speed, words in ((1e12, "about 32 seconds"), (1e11, "about 5.3 minutes"), (1e9, "about 8.8 hours"), (1e8, "about 3.7 days")):
         monkeypatch.setattr(advice, "machine_speed", lambda: speed)
         assert words in advice.next_steps("d", "data", 257, 10_000_000, 500_000)
 
