@@ -48,9 +48,21 @@ def test_a_file_imports_only_from_the_rooms_to_its_left(path):
             assert room(other) < room(mine) or inside_support, f"{mine} imports {other}"
 
 
-def test_experiments_take_only_train_and_eval_of_the_programs():
-    taken = {other for path in FILES if module_of(path).startswith("experiments") for other in imported(path)}
-    assert taken & {*PROGRAMS} == {"train", "eval"}
+def test_of_the_programs_only_bench_and_compare_take_from_train_and_eval():
+    taken = {module_of(path): {*imported(path)} & {*PROGRAMS} for path in FILES}
+    assert {mine: theirs for mine, theirs in taken.items() if theirs} == {
+        "experiments.bench": {"train"}, "experiments.compare": {"train", "eval"}}
+
+
+def test_a_name_is_imported_from_the_file_that_defines_it():
+    """Not from one that imports it itself."""
+    trees = {module_of(path): ast.parse(path.read_text()) for path in FILES}
+    for mine, tree in trees.items():
+        for node in [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in trees]:
+            passed_on = {alias.name for other in trees[node.module].body if isinstance(other, ast.ImportFrom)
+                         for alias in other.names}
+            taken = {alias.name for alias in node.names} & passed_on
+            assert not taken, f"{mine} imports {taken} from {node.module}"
 
 
 @pytest.mark.parametrize("name", ["configurator", "support.files", "support.dataset", "prepare"])
