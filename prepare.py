@@ -447,9 +447,8 @@ def workers(config, count):
     """A pool of processes, which start while this one still plans; its shared counters; its tasks. Ends them all."""
     spawn = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
     progress = spawn.RawArray("q", 1 + 2 * count)  # a stop flag, then cells with one writer each: no lock
-    processes = min(count, config.processes or usable_cores())
-    if config.max_documents:  # each shard takes what those before it left
-        processes = 1
+    # With max_documents each shard takes what those before it left.
+    processes = 1 if config.max_documents else min(count, config.processes or usable_cores())
     with futures.ProcessPoolExecutor(processes, spawn, start_worker, (config, progress)) as pool:
         tasks = []
         try:
