@@ -52,7 +52,7 @@ class TrainConfig:
 
     # Training
     batch_size: int = 64             # sequences per optimiser step, over all pieces and processes
-    grad_accum: int = 4              # pieces to split a batch into, to save memory; same result (unlike nanoGPT's)
+    grad_accum: int = 4              # divides a batch into pieces, to save memory; in nanoGPT it multiplies the batch
     max_steps: int = 20000           # optimiser steps in the run
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw; or muon for the blocks' matrices, with adamw for the rest
     lr: float = 2e-4                 # peak learning rate
