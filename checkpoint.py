@@ -172,7 +172,7 @@ def check_contents(checkpoint):
         require(kind is not int or 0 <= value < 2**53, f"its {key} is {value}")
     weights, settings = checkpoint["model"], checkpoint["model_config"]
     for name, weight in weights.items():
-        require(type(name) is str and holds_numbers(weight), f"its model has {show(name)}, which is no weight")
+        require(type(name) is str and holds_numbers(weight), f"its model has {show(name)}, which is not a weight")
     for key in settings.keys() & SETTINGS.keys():
         require(fits([settings[key]], SETTINGS[key]), f"its {key} is {spoken(settings[key])}")
     check_sizes(weights, settings)
@@ -554,7 +554,7 @@ def changes(checkpoint, config, model_config, data):
         if key not in config.FREE and before.get(key) != value:
             changed[key] = f"{key} was {before.get(key)}, now {value}"
     if "sha256" in changed:
-        changed["sha256"] = "the files of the dataset are others"
+        changed["sha256"] = "the files of the dataset have changed"
     return changed
 
 

@@ -213,7 +213,7 @@ def difference(settings, model):
         return "in settings, weights or precision"
     changed = [f"{key} was {settings[key]}, here {value}" for key, value in settings_of(model).items()
                if settings.get(key, value) != value]
-    return ", ".join(changed) or "its weights were others"
+    return ", ".join(changed) or "its weights differ"
 
 
 def write_state(path, model, state, generator, seed):

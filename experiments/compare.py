@@ -337,17 +337,17 @@ class Training:
                 raise futures.CancelledError
             log.seek(start)
             lines = log.read().splitlines()
-            return process.returncode, lines[-1] if lines else "no word"
+            return process.returncode, lines[-1] if lines else "no output"
 
     def is_reported(self):
         return self.seed >= self.arm.first_reported_seed()
 
     def forget_other_losses(self, text):
-        """Losses that were read of other windows are read again."""
+        """Drops losses that were measured on other windows, so that they are measured again."""
         if self.losses and self.is_reported() and self.losses.get("text") != text.identity:
             if not (self.folder / "ckpt.pt").exists():
-                raise UserError(f"{self.folder} was read with another --longer, and its checkpoint is deleted: take "
-                                "that --longer, or delete the folder, and it is trained again")
+                raise UserError(f"{self.folder} was evaluated with another --longer, and its checkpoint is deleted: "
+                                "use that --longer again, or delete the folder to train it again")
             self.losses = None
 
     def evaluate(self, text, checkpoints):

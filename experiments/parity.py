@@ -2,11 +2,11 @@
 
     python -m experiments.parity                  about four minutes of one CPU core
 
-After each bit the model says whether the ones so far are odd. A state that only fades and adds cannot count them: along
-its key a delta rule scales what the state holds by 1 - beta, so with beta to 1 by a number in [0, 1], and with beta to
-2 by one in [-1, 1]. At -1 each one flips a sign, and that is parity. Trained on 40 bits, and so on every length to 40;
-tested far beyond, as Grazzi et al. 2024 (Unlocking state-tracking in linear RNNs through negative eigenvalues, arXiv
-2411.12537, section 5.1).
+After each bit the model says whether the number of ones so far is odd. A state that only decays and adds cannot track
+that. A delta rule scales what the state holds along its key by 1 - beta: by 0 to 1 where beta is at most 1, and by -1
+to 1 where beta is at most 2. At -1 every one flips a sign, and that is parity. The model is trained on 40 bits, and so
+on every length up to 40, and tested far beyond, as in Grazzi et al. 2024 (Unlocking state-tracking in linear RNNs
+through negative eigenvalues, arXiv 2411.12537, section 5.1).
 """
 import sys
 from dataclasses import dataclass

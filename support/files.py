@@ -173,7 +173,7 @@ def read_text(path):
         return data[mark:].decode(encoding)
     except ValueError:
         if mark and encoding != "utf-8":
-            raise UserError(f"{path} begins as {encoding.upper()} text and does not go on so: it is cut or "
+            raise UserError(f"{path} begins as {encoding.upper()} text, but the rest of it is not: it is cut or "
                             "damaged") from None
         raise not_text(path, data) from None
 

@@ -229,7 +229,7 @@ def seconds(call, device):
 
 
 def race(calls, device, repeats):
-    """Times of each call, run in turn `repeats` times after a warm-up, so that a drifting machine favours none."""
+    """Times of each call, `repeats` runs after a warm-up, alternating, so that a drifting machine favours none."""
     for call in calls:
         call(), call()
     times = [[seconds(call, device) for call in calls] for _ in range(repeats)]

@@ -81,7 +81,7 @@ def test_tensors_without_numbers_are_no_checkpoint(run, refusal):
         torch.save(content | {"optimizer": content["optimizer"] | {"state": state}}, "out/ckpt.pt")
         assert "to resume (its optimizer state is damaged)" in refusal("--max_steps=2", "--resume=changed")
         torch.save(content | {"model": {name: change(x) for name, x in content["model"].items()}}, "out/ckpt.pt")
-        assert "which is no weight)" in refusal("--max_steps=2", "--resume=changed")
+        assert "which is not a weight)" in refusal("--max_steps=2", "--resume=changed")
     torch.save(content | {"rng": {"cpu": torch.zeros_like(content["rng"]["cpu"])}}, "out/ckpt.pt")
     assert "to resume (its random numbers are damaged)" in refusal("--max_steps=2", "--resume=changed")
 

@@ -498,7 +498,7 @@ def test_of_a_finished_training_no_checkpoint_is_needed(sweep, tmp_path, monkeyp
     assert run(*sweep.flags, f"--out_dir={folder}") == 0
     assert results(folder)["arms"] == sweep.results["arms"]
     assert run(*sweep.flags, f"--out_dir={folder}", "--longer=2") == 2
-    assert "was read with another --longer, and its checkpoint is deleted" in capsys.readouterr().err
+    assert "was evaluated with another --longer, and its checkpoint is deleted" in capsys.readouterr().err
 
 
 def test_a_lost_checkpoint_and_too_long_windows_are_told_with_their_fixes(sweep, tmp_path, monkeypatch, capsys):
@@ -634,7 +634,7 @@ if lr == 0.01 and {cause != "SIGTERM"}:
 (out / "pid.tmp").rename(out / "pid")
 time.sleep(60)
 """, "--jobs=2", "--lrs=0.01,0.02,0.04")
-    assert cause == "SIGTERM" or str(end.value).endswith("lr0.01-seed1/log.txt ends, with exit code 1: no word")
+    assert cause == "SIGTERM" or str(end.value).endswith("lr0.01-seed1/log.txt ends, with exit code 1: no output")
     pids = [int(path.read_text()) for path in tmp_path.glob("out/base/*/pid")]
     assert pids
     for pid in pids:

@@ -292,7 +292,7 @@ def test_a_state_is_refused_by_another_model_and_when_damaged(write, refusal, tm
     write_checkpoint(tmp_path / "other", window=3)
     assert "the state of another model (window was 4, here 3): use" in refusal("--load_state=a.state", "--out_dir=other")
     write_checkpoint(tmp_path / "other", scale=0.3)
-    assert "another model (its weights were others): use" in refusal("--load_state=a.state", "--out_dir=other")
+    assert "another model (its weights differ): use" in refusal("--load_state=a.state", "--out_dir=other")
     assert "another model (precision was fp32, here bf16): use" in refusal("--load_state=a.state", "--precision=bf16")
     older = torch.load("a.state")
     del older["settings"]                                                         # as before they were kept

@@ -456,7 +456,7 @@ def test_a_changed_config_or_dataset_is_refused_with_the_difference_named(run, r
     run()
     assert "lr was 0.01, now 0.02" in refusal("--lr=2e-2") and "dim was 16, now 32" in refusal("--dim=32", "--resume")
     other = write_dataset(tmp_path / "other/text")
-    assert "the files of the dataset are others" in refusal(other[0])
+    assert "the files of the dataset have changed" in refusal(other[0])
     foreign = write_dataset(tmp_path / "foreign/text", tokenizer_hash="0" * 64)
     assert "use --dataset of the same tokenizer" in refusal(*foreign)
     assert "would mean something else: dim was 16, now 32." in refusal("--dim=32", "--resume=changed", "--max_steps=15")
