@@ -25,10 +25,9 @@ help_first(__name__, __file__, config_file=False)
 
 from support.advice import usable_cores                                           # support comes before torch
 from support.files import check_target, read_json, write_json
-from support.machine import allow_recompiles, device_name, pick_device, race, say
+from support.machine import allow_recompiles, device_name, pick_device, race, say, use_tf32
 from support.report import table
 
-import torch
 from tqdm import tqdm
 
 from experiments.bench import decoding, read_settings, training
@@ -149,7 +148,7 @@ def main():
     if device.type != "cuda" and not config.quick:
         raise UserError("gpu_check times kernels that only an Nvidia GPU runs, and there is none: --quick=True tries "
                         "the check itself")
-    torch.set_float32_matmul_precision("high")
+    use_tf32(device, "bf16")
     allow_recompiles(64)                                                          # all presets compile Block.forward
     if config.warm:
         for name in config.names:
