@@ -294,8 +294,8 @@ def load_weights(model, checkpoint, path=None):
         way = ""
         if path and all(".mixer." in name for name in unfit):                     # start_from can leave these out
             way = f", or --init_from={shell(str(path))} and another --out_dir to start from what fits"
-        raise UserError(f"{path or 'the checkpoint'} holds a model of another shape: {first_of(unfit)} would not fit. Use its "
-                        f"settings{way}")
+        raise UserError(f"{path or 'the checkpoint'} holds a model of another shape: {first_of(unfit)} would not fit. "
+                        f"Use its settings{way}")
     model.load_state_dict(weights)
 
 
