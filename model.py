@@ -751,7 +751,7 @@ class GatedConv(nn.Module):
 #     numbers, which a graph would freeze, works as well, but is not recorded.
 #   out: the name of its last projection, if it has one, which then starts with smaller weights, as in GPT-2.
 #   ropes: {head width: rope_table}, empty unless pos=rope.
-# Add yours here, or in a file of your own that train.py, sample.py and eval.py import by --plugin=FILE:
+# Add yours here, or in a file of your own that every program which builds a model imports by --plugin=FILE:
 # model.MIXERS["name"] = ...
 MIXERS = {
     "linear": linear_mixer,
