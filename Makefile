@@ -15,6 +15,7 @@ demo: .venv/ready
 	$(PY) prepare.py --dataset=stdlib
 	$(PY) train.py config/tiny.py
 	$(PY) sample.py --out_dir=out/tiny --prompt='def '
+	@echo "chat with it: $(PY) sample.py --out_dir=out/tiny --interactive"
 
 test: .venv/ready .venv/trackers .venv/notebook
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 3 --dist worksteal

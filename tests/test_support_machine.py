@@ -42,7 +42,7 @@ def test_an_error_of_ours_keeps_its_traceback(run, monkeypatch):
 
 def test_precision_auto_takes_bf16_only_where_it_is_faster(monkeypatch, capsys):
     cpu = torch.device("cpu")
-    for speedup, auto in ((0.003, "fp32"), (1.2, "fp32"), (3.5, "bf16")):
+    for speedup, auto in ((0.003, "fp32"), (1.0, "fp32"), (1.4, "bf16"), (3.5, "bf16")):
         monkeypatch.setattr(machine, "bf16_speedup", lambda device: speedup)
         assert [machine.pick_precision(p, cpu) for p in ("auto", "fp32", "bf16")] == [auto, "fp32", "bf16"]
         assert ("run at 0.003 times the speed of fp32" in capsys.readouterr().err) == (speedup < 1)
