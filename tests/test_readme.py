@@ -180,7 +180,8 @@ def shown():
         if kind == "code":
             found.append((kind, text))
         elif " ".join(text.split()).startswith("make demo"):
-            found += [("command", tuple(shlex.split(line))) for line in demo.replace("$(PY)", "python").splitlines()]
+            lines = demo.replace("\t$(PY)", "python").splitlines()
+            found += [("command", tuple(shlex.split(line))) for line in lines if line.startswith("python ")]
         elif "--hub=" not in text and not " ".join(text.split()).startswith(tuple(NOT_RUN)):
             found.append(("command", tuple(shlex.split(text, comments=True))))
     return list(dict.fromkeys(found))
