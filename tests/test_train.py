@@ -263,7 +263,7 @@ def die(place, n, rng):
     setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize("kills", [24, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_random_moments_the_run_comes_out_byte_for_byte_the_same(data, tmp_path, kills):
     flags = [*MODEL, *RUN, "--max_steps=80", "--eval_interval=10", "--save_interval=2", "--keep_last=2",
              "--dropout=0.2", "--optimizer=muon", f"--data_dir={data}", "--out_dir=out"]
@@ -384,8 +384,8 @@ def test_shards_of_one_process_are_refused(refusal, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
 def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_same(torchrun, tmp_path):
-    finish(torchrun("--out_dir=undisturbed/out", "--max_steps=300"))
-    process = torchrun("--out_dir=run/out", "--max_steps=300")
+    finish(torchrun("--out_dir=undisturbed/out", "--max_steps=200"))
+    process = torchrun("--out_dir=run/out", "--max_steps=200")
 
     def kill_after_a_save(rank, number):
         wait_for(tmp_path / "run/out/ckpt.pt", process)
@@ -400,7 +400,7 @@ def test_killed_or_stopped_in_one_process_all_end_and_the_restart_comes_out_the_
         assert process.returncode == 1 and err.count(words) == 1 and "Error: [" not in err, err
         step = load_checkpoint(tmp_path / "run/out/ckpt.pt")["step"]
         assert step < 300 and not (tmp_path / "run/out/loss.png").exists()
-        process = torchrun("--out_dir=run/out", "--max_steps=300", restarts=number == signal.SIGTERM)
+        process = torchrun("--out_dir=run/out", "--max_steps=200", restarts=number == signal.SIGTERM)
     kill_after_a_save(1, signal.SIGKILL)                                          # and torchrun starts it again
     err = finish(process)
     assert f"continuing at step {step}" in err and err.count("continuing at") == 2
