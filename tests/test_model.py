@@ -271,7 +271,7 @@ def test_a_normalised_form_refuses_a_state_without_its_last_column_or_of_another
     q, k, v = torch.rand(3, 2, 3, 5, 4)
     for state in (torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 5)):
         with pytest.raises(ValueError, match=r"^state must have shape \(2, 3, 4, 5\)"):
-            normalised(model.linear_attention_chunked, q, k, v, q, k, state=state)
+            normalised(model.linear_attention_chunked, q, k, v, q.clone(), k.clone(), state=state)
 
 
 @pytest.mark.parametrize("options", [{}, dict(norm="layer"), dict(normaliser="rms", mixers="linear softmax")],
